@@ -1,0 +1,58 @@
+# Everything a developer runs. Needs only python3 (3.11 or newer) and make.
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The first Python on the path that is new enough; `make PYTHON=/path/to/python3.12 setup` chooses another.
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+# Two workers: each runs two PostgreSQL servers of its own, and two cores are busy with that.
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test ui bench soak lint format
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv with the program and everything its tests need
+
+# The stamp is written last, so an interrupted installation is done again.
+# `--no-build-isolation` builds with the locked hatchling; an isolated build would take whichever is newest.
+$(STAMP): pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || { echo "make setup needs Python 3.11 or newer on the PATH; found: $$(python3 --version 2>&1)" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV) (a minute or two the first time)"
+	@$(BIN)/python -m pip install -qq --constraint requirements.lock hatchling
+	@$(BIN)/python -m pip install -qq --constraint requirements.lock --no-build-isolation --editable '.[demo,dev]'
+	@touch $@
+	@echo "ready: $(BIN)/sync-pipeline"
+
+demo: setup ## sync two embedded PostgreSQL servers, live, and verify them equal
+	@$(BIN)/sync-pipeline demo
+
+ui: setup ## the demo's servers with `dagster dev` on 127.0.0.1:3000, until Ctrl-C
+	@$(BIN)/sync-pipeline demo --ui
+
+lint: setup ## ruff, mypy --strict and the import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## rewrite what ruff can rewrite
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+test: lint ## lint, then the whole test suite; PYTEST_ARGS adds arguments
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --all-pg-versions -m 'not soak' $(PYTEST_ARGS)
+
+bench: setup ## measure throughput and latency
+	@$(BIN)/python -m benchmarks
+
+soak: setup ## random work, crashes and restarts for a while, then verify
+	@$(BIN)/python -m tests.soak

@@ -1,0 +1,498 @@
+-- Every query of the engine that names no table of the user. `{schema}` is the pipeline's schema.
+
+-- name: read_catalog
+-- One row for each asked name: the relation with its columns, indexes, foreign keys and partitions, or nulls.
+select
+    asked.position,
+    class.oid::bigint as oid,
+    namespace.nspname as schema_name,
+    class.relname as table_name,
+    class.relkind::text as kind,
+    class.relrowsecurity
+        and (class.relforcerowsecurity or not pg_catalog.pg_has_role(class.relowner, 'usage'))
+        and not (select rolbypassrls or rolsuper from pg_catalog.pg_roles where rolname = current_user)
+        as row_security,
+    (
+        select coalesce(pg_catalog.jsonb_agg(
+            pg_catalog.jsonb_build_object(
+                'name', attribute.attname,
+                'type', pg_catalog.format_type(base.oid, -1),
+                'formatted', pg_catalog.format_type(attribute.atttypid, attribute.atttypmod),
+                'domain', case when base.oid <> attribute.atttypid
+                    then pg_catalog.format_type(attribute.atttypid, null) end,
+                'not_null', attribute.attnotnull,
+                'generated', attribute.attgenerated <> '',
+                'identity', attribute.attidentity::text,
+                'default', attribute.atthasdef,
+                'deterministic', coalesce(
+                    (select collisdeterministic from pg_catalog.pg_collation where oid = attribute.attcollation),
+                    true
+                )
+            ) order by attribute.attnum
+        ), '[]')
+        from pg_catalog.pg_attribute as attribute
+        cross join lateral (
+            with recursive unwrapped as (
+                select type.oid, type.typtype, type.typbasetype
+                from pg_catalog.pg_type as type
+                where type.oid = attribute.atttypid
+                union all
+                select type.oid, type.typtype, type.typbasetype
+                from unwrapped
+                join pg_catalog.pg_type as type on type.oid = unwrapped.typbasetype
+                where unwrapped.typtype = 'd'
+            )
+            select oid from unwrapped where typtype <> 'd'
+        ) as base
+        where attribute.attrelid = class.oid and attribute.attnum > 0 and not attribute.attisdropped
+    ) as columns,
+    (
+        select coalesce(pg_catalog.jsonb_agg(
+            pg_catalog.jsonb_build_object(
+                'primary', index.indisprimary,
+                'deferrable', not index.indimmediate,
+                'plain', index.indpred is null and index.indexprs is null and index.indisvalid,
+                'columns', (
+                    select coalesce(pg_catalog.jsonb_agg(attribute.attname order by part.position), '[]')
+                    from unnest(index.indkey::smallint[]) with ordinality as part (attnum, position)
+                    join pg_catalog.pg_attribute as attribute
+                        on attribute.attrelid = class.oid and attribute.attnum = part.attnum
+                    where part.position <= index.indnkeyatts
+                )
+            ) order by index.indisprimary desc, index.indexrelid
+        ), '[]')
+        from pg_catalog.pg_index as index
+        where index.indrelid = class.oid and index.indisunique
+    ) as unique_indexes,
+    (
+        select coalesce(pg_catalog.jsonb_agg(
+            pg_catalog.jsonb_build_object(
+                'name', reference.conname,
+                'parent', reference.confrelid::bigint,
+                'columns', (
+                    select pg_catalog.jsonb_agg(attribute.attname order by part.position)
+                    from unnest(reference.conkey) with ordinality as part (attnum, position)
+                    join pg_catalog.pg_attribute as attribute
+                        on attribute.attrelid = reference.conrelid and attribute.attnum = part.attnum
+                ),
+                'parent_columns', (
+                    select pg_catalog.jsonb_agg(attribute.attname order by part.position)
+                    from unnest(reference.confkey) with ordinality as part (attnum, position)
+                    join pg_catalog.pg_attribute as attribute
+                        on attribute.attrelid = reference.confrelid and attribute.attnum = part.attnum
+                )
+            ) order by reference.conname
+        ), '[]')
+        from pg_catalog.pg_constraint as reference
+        where reference.conrelid = class.oid and reference.contype = 'f' and reference.conparentid = 0
+    ) as foreign_keys,
+    exists (
+        select from pg_catalog.pg_constraint as constrained
+        where constrained.conrelid = class.oid and constrained.condeferrable
+    ) as deferrable_constraints,
+    (
+        select coalesce(pg_catalog.jsonb_agg(
+            pg_catalog.jsonb_build_array(part_namespace.nspname, part_class.relname)
+            order by part_namespace.nspname, part_class.relname
+        ), '[]')
+        from pg_catalog.pg_partition_tree(class.oid) as tree
+        join pg_catalog.pg_class as part_class on part_class.oid = tree.relid
+        join pg_catalog.pg_namespace as part_namespace on part_namespace.oid = part_class.relnamespace
+        where tree.relid <> class.oid
+    ) as partitions
+from unnest(%(schemas)s::text[], %(names)s::text[]) with ordinality as asked (schema_name, table_name, position)
+left join pg_catalog.pg_class as class
+    on class.oid = pg_catalog.to_regclass(
+        coalesce(pg_catalog.quote_ident(asked.schema_name) || '.', '') || pg_catalog.quote_ident(asked.table_name)
+    )
+left join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnamespace
+order by asked.position
+
+-- name: take_lock
+-- True when this session now leads: the node's advisory lock, derived from the pipeline's own schema.
+select pg_catalog.pg_try_advisory_lock(
+    pg_catalog.hashtext('sync-pipeline'), pg_catalog.hashtext(%(schema)s)
+)
+
+-- name: release_lock
+-- Give the lock back; the connection stays.
+select pg_catalog.pg_advisory_unlock(
+    pg_catalog.hashtext('sync-pipeline'), pg_catalog.hashtext(%(schema)s)
+)
+
+-- name: read_leader
+-- Who holds the node's lock: process id, application name, client address, since when; or nothing.
+select
+    locks.pid,
+    activity.application_name,
+    pg_catalog.host(activity.client_addr) as client_address,
+    activity.backend_start
+from pg_catalog.pg_locks as locks
+left join pg_catalog.pg_stat_activity as activity on activity.pid = locks.pid
+where locks.locktype = 'advisory'
+    and locks.database = (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())
+    and locks.classid = ((pg_catalog.hashtext('sync-pipeline')::bigint + 4294967296) %% 4294967296)::oid
+    and locks.objid = ((pg_catalog.hashtext(%(schema)s)::bigint + 4294967296) %% 4294967296)::oid
+    and locks.objsubid = 2
+    and locks.granted
+
+-- name: read_node
+-- Who this node says it is; no row before install.
+select
+    node, peer, paused_at, system_identifier, database_oid::bigint as database_oid, installed_at, last_pass_at
+from {schema}.sync_node
+
+-- name: read_backlog
+-- One row for each table name that has events or failures that are due, in this snapshot.
+with events as (
+    select
+        table_name,
+        count(*) as events,
+        count(*) filter (where event_type = 'delete') as deletes,
+        min(id) as first_id,
+        max(id) as last_id,
+        min(created_at) as oldest_at
+    from {schema}.sync_events
+    where id > %(floor)s
+    group by table_name
+),
+due as (
+    select table_name, count(*) as due_failures, min(first_failed_at) as oldest_at
+    from {schema}.sync_failures
+    where next_attempt_at <= pg_catalog.clock_timestamp()
+    group by table_name
+)
+select
+    table_name,
+    coalesce(events.events, 0) as events,
+    coalesce(events.deletes, 0) as deletes,
+    coalesce(events.first_id, 0) as first_id,
+    coalesce(events.last_id, 0) as last_id,
+    coalesce(events.oldest_at, due.oldest_at) as oldest_at,
+    coalesce(due.due_failures, 0) as due_failures
+from events
+full join due using (table_name)
+
+-- name: read_poll
+-- What an idle consumer asks: does any event wait, is any failure due.
+select
+    exists (select from {schema}.sync_events where id > %(floor)s)
+    or exists (select from {schema}.sync_failures where next_attempt_at <= pg_catalog.clock_timestamp())
+
+-- name: read_clock
+-- The node's clock, to bound which events a batch of the ledger may match.
+select pg_catalog.clock_timestamp()
+
+-- name: read_batch_bounds
+-- The ids of the next events of a table, as ranges, with their greatest id and number.
+select
+    pg_catalog.range_agg(pg_catalog.int8range(id, id, '[]'))::text as ids,
+    max(id) as last_id,
+    count(*) as events
+from (
+    select id
+    from {schema}.sync_events
+    where id > %(after_id)s
+        and id <= %(last_id)s
+        and table_name = %(table_name)s
+        and event_type = any (%(event_types)s::text[])
+    order by id
+    limit %(batch_size)s
+) as next_events
+
+-- name: read_changes
+-- For some records of a batch: when they last changed here, whether they were inserted, and their events' ids.
+select
+    record_id,
+    max(changed_at) as changed_at,
+    bool_or(event_type = 'insert') as inserted,
+    pg_catalog.range_agg(ids)::text as ids
+from (
+    select record_id, created_at as changed_at, event_type, pg_catalog.int8range(id, id, '[]') as ids
+    from {schema}.sync_events
+    where id between %(first_id)s and %(last_id)s
+        and table_name = %(table_name)s
+        and event_type = any (%(event_types)s::text[])
+        and record_id = any (%(record_ids)s::text[])
+    union all
+    select record_id, changed_at, event_type, null
+    from {schema}.sync_failures
+    where table_name = %(table_name)s and record_id = any (%(record_ids)s::text[])
+) as changes
+group by record_id
+
+-- name: read_invalid_keys
+-- Records of a table whose text is no value of the key's type, or no array of values for a composite key.
+select record_id
+from (
+    select record_id from {schema}.sync_events where table_name = %(table_name)s and id <= %(last_id)s
+    union
+    select record_id from {schema}.sync_failures
+    where table_name = %(table_name)s and next_attempt_at <= pg_catalog.clock_timestamp()
+) as waiting
+where case
+    when pg_catalog.array_length(%(types)s::text[], 1) = 1
+        then not {schema}.is_value(record_id, (%(types)s::text[])[1])
+    when not {schema}.is_value(record_id, 'jsonb') then true
+    when pg_catalog.jsonb_typeof(record_id::jsonb) <> 'array' then true
+    when pg_catalog.jsonb_array_length(record_id::jsonb)
+        <> pg_catalog.array_length(%(types)s::text[], 1) then true
+    else exists (
+        select
+        from unnest(%(types)s::text[]) with ordinality as part (type_name, position)
+        where (record_id::jsonb ->> (part.position::integer - 1)) is null
+            or not {schema}.is_value(record_id::jsonb ->> (part.position::integer - 1), part.type_name)
+    )
+end
+
+-- name: set_aside
+-- Move the events of some records to the failures, dead: nothing can be done with them before an operator looks.
+with aside as (
+    delete from {schema}.sync_events
+    where table_name = %(table_name)s
+        and (%(record_ids)s::text[] is null or record_id = any (%(record_ids)s::text[]))
+    returning record_id, event_type, created_at
+)
+insert into {schema}.sync_failures as failure
+    (table_name, record_id, state, next_attempt_at, error_class, error, event_type, changed_at)
+select
+    %(table_name)s, record_id, 'dead', null, %(error_class)s, %(error)s, max(event_type), max(created_at)
+from aside
+group by record_id
+on conflict (table_name, record_id) do update
+set state = 'dead',
+    next_attempt_at = null,
+    attempts = failure.attempts + 1,
+    error_class = excluded.error_class,
+    error = excluded.error,
+    last_failed_at = pg_catalog.clock_timestamp()
+
+-- name: bury_invalid_failures
+-- Failures that cannot be retried: their table is unknown or their key is no key.
+update {schema}.sync_failures
+set state = 'dead',
+    next_attempt_at = null,
+    error_class = %(error_class)s,
+    error = %(error)s,
+    last_failed_at = pg_catalog.clock_timestamp()
+where table_name = %(table_name)s
+    and (%(record_ids)s::text[] is null or record_id = any (%(record_ids)s::text[]))
+    and next_attempt_at <= pg_catalog.clock_timestamp()
+
+-- name: read_due_failures
+-- The records of a table whose next attempt is due.
+select record_id
+from {schema}.sync_failures
+where table_name = %(table_name)s and next_attempt_at <= pg_catalog.clock_timestamp()
+order by next_attempt_at
+
+-- name: has_failures
+-- True when any record of this node failed before.
+select exists (select from {schema}.sync_failures)
+
+-- name: acknowledge
+-- Delete exactly the events of these ids, none younger than the read.
+delete from {schema}.sync_events as event
+using unnest(%(ids)s::int8multirange) as read_ids
+where event.id >= lower(read_ids)
+    and event.id < upper(read_ids)
+    and event.created_at <= %(read_at)s::timestamptz
+
+-- name: clear_applied_failures
+-- Failures of records whose events are in a batch that the target has committed.
+delete from {schema}.sync_failures as failure
+using unnest(%(ids)s::int8multirange) as read_ids
+join {schema}.sync_events as event
+    on event.id >= lower(read_ids) and event.id < upper(read_ids)
+where failure.table_name = event.table_name
+    and failure.record_id = event.record_id
+    and event.created_at <= %(read_at)s::timestamptz
+
+-- name: clear_failures
+-- Records that failed before and have now been applied: those of a batch's events, and those retried.
+delete from {schema}.sync_failures as failure
+where failure.table_name = %(table_name)s
+    and failure.record_id <> all (%(still_failing)s::text[])
+    and (
+        failure.record_id = any (%(retried)s::text[])
+        or failure.record_id in (
+            select event.record_id
+            from unnest(%(ids)s::int8multirange) as read_ids
+            join {schema}.sync_events as event
+                on event.id >= lower(read_ids) and event.id < upper(read_ids)
+            where event.table_name = %(table_name)s
+        )
+    )
+
+-- name: record_failures
+-- Move failing records from the events to the failures; the wait doubles from attempt to attempt, with jitter.
+with failing as (
+    select record_id, error_class, error
+    from unnest(%(record_ids)s::text[], %(error_classes)s::text[], %(errors)s::text[])
+        as given (record_id, error_class, error)
+),
+moved as (
+    delete from {schema}.sync_events as event
+    using unnest(%(ids)s::int8multirange) as read_ids
+    where event.id >= lower(read_ids)
+        and event.id < upper(read_ids)
+        and event.table_name = %(table_name)s
+        and event.record_id = any (%(record_ids)s::text[])
+    returning event.record_id, event.event_type, event.created_at
+)
+insert into {schema}.sync_failures as failure
+    (table_name, record_id, state, attempts, next_attempt_at, error_class, error, event_type, changed_at)
+select
+    %(table_name)s,
+    failing.record_id,
+    case when %(max_attempts)s::integer <= 1 then 'dead' else 'retrying' end,
+    1,
+    case when %(max_attempts)s::integer > 1
+        then pg_catalog.clock_timestamp()
+            + pg_catalog.make_interval(secs => %(base_seconds)s * (0.75 + pg_catalog.random() / 2))
+    end,
+    failing.error_class,
+    failing.error,
+    coalesce((select case when bool_or(moved.event_type = 'insert') then 'insert' else max(moved.event_type) end
+        from moved where moved.record_id = failing.record_id), 'update'),
+    coalesce((select max(moved.created_at) from moved where moved.record_id = failing.record_id),
+        pg_catalog.clock_timestamp())
+from failing
+on conflict (table_name, record_id) do update
+set attempts = failure.attempts + 1,
+    state = case when failure.attempts + 1 >= %(max_attempts)s::integer then 'dead' else 'retrying' end,
+    next_attempt_at = case when failure.attempts + 1 < %(max_attempts)s::integer
+        then pg_catalog.clock_timestamp() + pg_catalog.make_interval(secs => least(
+            %(base_seconds)s * 2.0 ^ least(failure.attempts, 30), %(max_seconds)s
+        ) * (0.75 + pg_catalog.random() / 2))
+    end,
+    error_class = excluded.error_class,
+    error = excluded.error,
+    changed_at = greatest(failure.changed_at, (select max(moved.created_at) from moved
+        where moved.record_id = excluded.record_id)),
+    last_failed_at = pg_catalog.clock_timestamp()
+
+-- name: convert_to_delete
+-- Events of records that no longer exist here, met while later batches may still hold rows that refer to them.
+update {schema}.sync_events as event
+set event_type = 'delete'
+from unnest(%(ids)s::int8multirange) as read_ids
+where event.id >= lower(read_ids)
+    and event.id < upper(read_ids)
+
+-- name: record_batch
+-- Write a batch into the ledger of the target, in the transaction that applies it.
+insert into {schema}.sync_applied (source, ids, read_at)
+values (%(source)s, %(ids)s::int8multirange, %(read_at)s::timestamptz)
+returning id
+
+-- name: read_ledger
+-- Batches of a source that were committed here and perhaps not acknowledged there.
+select id, ids::text as ids, read_at::text as read_at
+from {schema}.sync_applied
+where source = %(source)s
+order by id
+
+-- name: forget_batches
+-- Remove batches from the ledger once the source has acknowledged them.
+delete from {schema}.sync_applied
+where id = any (%(batch_ids)s::bigint[])
+
+-- name: note_pass
+-- Remember when a pass last did something here.
+update {schema}.sync_node
+set last_pass_at = pg_catalog.clock_timestamp()
+
+-- name: has_pending
+-- True when this node itself has marked anything: then its records may be dirty.
+select exists (select from {schema}.sync_events) or exists (select from {schema}.sync_failures)
+
+-- name: delete_events
+-- Delete events by id.
+delete from {schema}.sync_events
+where id = any (%(ids)s::bigint[])
+
+-- name: delete_failures
+-- Forget the failures of some records of a table.
+delete from {schema}.sync_failures
+where table_name = %(table_name)s and record_id = any (%(record_ids)s::text[])
+
+-- name: mark_records
+-- Mark records as changed, by their ids.
+insert into {schema}.sync_events (table_name, record_id, event_type)
+select %(table_name)s, record_id, %(event_type)s
+from unnest(%(record_ids)s::text[]) as given (record_id)
+
+-- name: prune_conflicts
+-- Delete settled conflicts older than the retention, a bounded number at a time.
+delete from {schema}.sync_conflicts
+where id in (
+    select id
+    from {schema}.sync_conflicts
+    where resolved_at < pg_catalog.clock_timestamp() - pg_catalog.make_interval(days => %(days)s)
+    order by id
+    limit 10000
+)
+
+-- name: read_status
+-- The status view's one row.
+select
+    node, pending, oldest_at, oldest_seconds, retrying, dead, conflicts_24h, conflicts_held, paused_at, last_pass_at
+from {schema}.sync_status
+
+-- name: read_pending
+-- The oldest events that wait.
+select id, table_name, record_id, event_type, created_at
+from {schema}.sync_events
+where %(table_name)s::text is null or table_name = %(table_name)s
+order by id
+limit %(limit)s
+
+-- name: read_failures
+-- Failures, oldest first.
+select
+    table_name, record_id, state, attempts, next_attempt_at, error_class, error, first_failed_at, last_failed_at
+from {schema}.sync_failures
+where (%(table_name)s::text is null or table_name = %(table_name)s)
+    and (%(record_ids)s::text[] is null or record_id = any (%(record_ids)s::text[]))
+    and (%(state)s::text is null or state = %(state)s)
+order by first_failed_at, table_name, record_id
+limit %(limit)s
+
+-- name: retry_failures
+-- Make failures due now; a dead one too.
+update {schema}.sync_failures
+set next_attempt_at = pg_catalog.clock_timestamp()
+where (%(table_name)s::text is null or table_name = %(table_name)s)
+    and (%(record_ids)s::text[] is null or record_id = any (%(record_ids)s::text[]))
+    and (%(state)s::text is null or state = %(state)s)
+
+-- name: discard_failures
+-- Give failures up.
+delete from {schema}.sync_failures
+where (%(table_name)s::text is null or table_name = %(table_name)s)
+    and (%(record_ids)s::text[] is null or record_id = any (%(record_ids)s::text[]))
+    and (%(state)s::text is null or state = %(state)s)
+
+-- name: read_conflicts
+-- Conflicts, newest first.
+select id, detected_at, table_name, record_id, kind, winner, local_row, remote_row, resolved_at
+from {schema}.sync_conflicts
+where (%(table_name)s::text is null or table_name = %(table_name)s)
+order by id desc
+limit %(limit)s
+
+-- name: is_paused
+-- True when consumption is paused on this node.
+select paused_at is not null
+from {schema}.sync_node
+
+-- name: pause
+-- Stop consumption of this link; capture goes on.
+update {schema}.sync_node
+set paused_at = coalesce(paused_at, pg_catalog.clock_timestamp())
+
+-- name: resume
+-- Let consumption go on.
+update {schema}.sync_node
+set paused_at = null

@@ -1,0 +1,3 @@
+"""Keeps two PostgreSQL databases equal in both directions."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,245 @@
+"""The target's side of a pass: stage a batch, apply it set by set, and find the records that cannot be applied."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import psycopg
+from psycopg import sql
+
+from sync_pipeline.catalog import Catalog
+from sync_pipeline.database import Connection, error_class
+from sync_pipeline.outbox import Part
+from sync_pipeline.records import Counts, Failure
+from sync_pipeline.statements import TableStatements
+
+ERROR_LENGTH = 500
+Phase = Literal["upsert", "delete"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One statement of a batch: the upserts or deletes of one component of tables."""
+
+    phase: Phase
+    tables: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A staged record that the target refused."""
+
+    table: str
+    number: int
+    error_class: str
+    error: str
+
+
+class Applier:
+    """Writes batches to one node. Owns the staging tables of the node's writer connection."""
+
+    def __init__(
+        self, connection: Connection, catalog: Catalog, node: str, generation: int
+    ) -> None:
+        self.connection = connection
+        self.catalog = catalog
+        self.node = node
+        self._generation = generation
+        self._statements: dict[tuple[str, bool], TableStatements] = {}
+        self._textual: set[str] = set()
+        self.staged: dict[str, list[Part]] = {}
+        self._numbers: dict[str, tuple[int, int]] = {}
+
+    def statements(self, table: str) -> TableStatements:
+        """Return how a table is written, with its staging table made on first use."""
+        textual = table in self._textual
+        found = self._statements.get((table, textual))
+        if found is None:
+            index = self.catalog.tables.index(table)
+            name = f"stage_{self._generation}_{index}{'_text' if textual else ''}"
+            found = TableStatements(self.catalog.relation(self.node, table), name, textual)
+            self.connection.execute(found.create_stage)
+            self._statements[table, textual] = found
+        return found
+
+    def prepare(self, tables: Iterable[str], *, textual: bool = False) -> None:
+        """Make the staging tables that a batch needs, before its transaction begins."""
+        self.staged = {}
+        self._numbers = {}
+        self._textual = set(tables) if textual else set()
+        for table in tables:
+            self.statements(table)
+
+    def defer_constraints(self) -> None:
+        """Let deferrable constraints be checked at the batch's end instead of each statement's."""
+        if self._has_deferrable:
+            self.connection.execute("set constraints all deferred")
+
+    def check_constraints(self) -> None:
+        """Check deferred constraints now, where the record is still known."""
+        if self._has_deferrable:
+            self.connection.execute("set constraints all immediate")
+
+    @property
+    def _has_deferrable(self) -> bool:
+        return any(
+            self.catalog.relation(self.node, table).deferrable_constraints for table in self.staged
+        )
+
+    def stage(self, part: Part) -> None:
+        """Stream a part's rows into its staging table; not a value is looked at."""
+        statements = self.statements(part.table)
+        if part.rows is None:
+            raise ValueError("the part was not read")
+        part.rows.seek(0)
+        with self.connection.cursor().copy(statements.copy_in) as copy:
+            while chunk := part.rows.read(262144):
+                copy.write(chunk)
+        self.staged.setdefault(part.table, []).append(part)
+        first, last = self._numbers.get(part.table, (part.first_number, part.last_number))
+        self._numbers[part.table] = (min(first, part.first_number), max(last, part.last_number))
+
+    def steps(self, tables: Iterable[str], phase: Phase) -> list[Step]:
+        """Order the work on some tables by foreign keys: upserts parents first, deletes children first."""
+        wanted = set(tables) & set(self.staged)
+        components = [
+            tuple(table for table in component if table in wanted)
+            for component in self.catalog.order
+        ]
+        steps = [Step(phase, component) for component in components if component]
+        return steps if phase == "upsert" else steps[::-1]
+
+    def run(
+        self, step: Step, counts: dict[str, Counts], span: tuple[int, int] | None = None
+    ) -> None:
+        """Execute a step for the records numbered in `span`, or all; raises what PostgreSQL raises."""
+        parts: list[sql.Composed] = []
+        columns: list[sql.Composed] = []
+        for number, table in enumerate(step.tables):
+            statements = self.statements(table)
+            compose = statements.upsert if step.phase == "upsert" else statements.delete
+            expressions, count = compose(number)
+            parts += expressions
+            columns.append(count)
+        first, last = span or self.numbers(step.tables)
+        row = self.connection.execute(
+            sql.SQL("with {} select {}").format(
+                sql.SQL(", ").join(parts), sql.SQL(", ").join(columns)
+            ),
+            {"first": first, "last": last},
+            prepare=False,
+        ).fetchone()
+        for table, written in zip(step.tables, row or (), strict=True):
+            entry = counts.setdefault(table, Counts())
+            if step.phase == "upsert":
+                entry.upserted += written
+            else:
+                entry.deleted += written
+
+    def numbers(self, tables: Iterable[str]) -> tuple[int, int]:
+        """Return the least and greatest number of the staged records of some tables."""
+        spans = [self._numbers[table] for table in tables if table in self._numbers]
+        return min(first for first, _ in spans), max(last for _, last in spans)
+
+    def isolate(
+        self, steps: Sequence[Step], counts: dict[str, Counts], prepare_step: Callable[[Step], None]
+    ) -> list[Refusal]:
+        """Apply steps so that a record which the target refuses fails alone; return the refused records.
+
+        Halves the span of a failing statement until one record is left. Records that failed on a foreign key get
+        another turn together once the others are in: their parent may have been among those.
+        """
+        refused: list[Refusal] = []
+        for step in steps:
+            prepare_step(step)
+            failing = self._bisect(step, counts, self.numbers(step.tables))
+            while True:
+                waiting = [refusal for refusal in failing if refusal.error_class in _MAY_PASS_LATER]
+                if not waiting or (
+                    len(failing) == 1 and len(step.tables) == 1 and not self._refers_to_itself(step)
+                ):
+                    break
+                again = []
+                for refusal in waiting:
+                    again += self._bisect(step, counts, (refusal.number, refusal.number))
+                if len(again) == len(waiting):
+                    break
+                failing = [r for r in failing if r not in waiting] + again
+            refused += failing
+        return refused
+
+    def _refers_to_itself(self, step: Step) -> bool:
+        return any(
+            key.parent in step.tables
+            for table in step.tables
+            for key in self.catalog.relation(self.node, table).foreign_keys
+        )
+
+    def _bisect(
+        self, step: Step, counts: dict[str, Counts], span: tuple[int, int]
+    ) -> list[Refusal]:
+        first, last = span
+        if last < first:
+            return []
+        done: dict[str, Counts] = {}
+        try:
+            with self.connection.transaction():
+                self.defer_constraints()
+                self.run(step, done, span)
+                self.check_constraints()
+        except psycopg.Error as error:
+            if error_class(error) != "data":
+                raise
+            if first == last:
+                return self._refusal(step, first, error)
+            middle = (first + last) // 2
+            return [
+                *self._bisect(step, counts, (first, middle)),
+                *self._bisect(step, counts, (middle + 1, last)),
+            ]
+        for table, entry in done.items():
+            counts.setdefault(table, Counts()).add(entry)
+        return []
+
+    def _refusal(self, step: Step, number: int, error: psycopg.Error) -> list[Refusal]:
+        for table in step.tables:
+            low, high = self._numbers[table]
+            if low <= number <= high:
+                return [Refusal(table, number, error.sqlstate or "", describe(error))]
+        return []
+
+    def unstage(self, numbers: Iterable[int], table: str) -> None:
+        """Take records out of the batch."""
+        self.connection.execute(self.statements(table).unstage, {"numbers": list(numbers)})
+
+    def record_ids(self, table: str, numbers: Iterable[int]) -> dict[int, str]:
+        """Return the ids of staged records by their number."""
+        rows: list[Any] = self.connection.execute(
+            self.statements(table).ids_of, {"numbers": list(numbers)}
+        ).fetchall()
+        return dict(rows)
+
+    def failures(self, refused: Sequence[Refusal]) -> list[Failure]:
+        """Name the refused records by their ids."""
+        failures = []
+        for table in dict.fromkeys(refusal.table for refusal in refused):
+            mine = [refusal for refusal in refused if refusal.table == table]
+            ids = self.record_ids(table, [refusal.number for refusal in mine])
+            failures += [
+                Failure(table, ids[refusal.number], refusal.error_class, refusal.error)
+                for refusal in mine
+                if refusal.number in ids
+            ]
+        return failures
+
+
+# Foreign keys and unique values: another record of the same statement may be what is missing or in the way.
+_MAY_PASS_LATER = {"23503", "23505", "23P01"}
+
+
+def describe(error: psycopg.Error) -> str:
+    """Return what PostgreSQL said, bounded: the message and, for constraints, the detail that names the key."""
+    message = (error.diag.message_primary or str(error)).strip()
+    if error.sqlstate in _MAY_PASS_LATER and error.diag.message_detail:
+        message = f"{message}: {error.diag.message_detail}"
+    return message if len(message) <= ERROR_LENGTH else message[: ERROR_LENGTH - 1] + "…"

@@ -1,0 +1,366 @@
+"""One batch on the target: stage, apply, check under our row locks, settle conflicts, record in the ledger, commit."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import psycopg
+
+from sync_pipeline import capture, conflicts, ledger, queries
+from sync_pipeline.applier import Applier, Refusal, Step
+from sync_pipeline.config import Config
+from sync_pipeline.conflicts import Decision, Dirty
+from sync_pipeline.database import error_class, query, scalar
+from sync_pipeline.errors import PassInterrupted
+from sync_pipeline.outbox import EMPTY, UPSERTS, Change, Outcome, Part, Snapshot
+from sync_pipeline.records import Counts, Failure
+
+MAX_ROUNDS = 8
+FOREIGN_KEY_VIOLATION = "23503"
+
+
+@dataclass
+class Batch:
+    """Some records of the source, applied to the target in one transaction. Use as a `with` block.
+
+    `upsert(parents)` may be called first; `finish` applies the rest and commits. Leaving the block without
+    `finish` rolls everything back.
+    """
+
+    applier: Applier
+    config: Config
+    snapshot: Snapshot
+    parts: list[Part]
+    source: str
+    target: str
+    forget: list[int]
+    counts: dict[str, Counts] = field(default_factory=dict, init=False)
+    outcomes: list[Outcome] = field(default_factory=list, init=False)
+    ids: str = field(default=EMPTY, init=False)
+    ledger_id: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._schema = self.config.schema_name
+        self._connection = self.applier.connection
+        self._stack = ExitStack()
+        self._pulled: list[Part] = []
+        self._done: list[Step] = []
+        self._error: psycopg.Error | None = None
+        self._failures: list[Failure] = []
+        self._conflicts: dict[str, int] = {}
+        self._lost: dict[str, int] = {}
+        # Rows with greater numbers were brought along: they have no events in this batch.
+        self._last_number = max(part.last_number for part in self.parts)
+
+    def __enter__(self) -> Self:
+        try:
+            self._open(textual=False)
+        except psycopg.Error as error:
+            if error_class(error) != "data":
+                raise
+            # A value is not even readable as the target's type: stage text, so that its record can be told apart.
+            self._stack.__exit__(type(error), error, error.__traceback__)
+            self._stack = ExitStack()
+            self._open(textual=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    def _open(self, *, textual: bool) -> None:
+        tables = dict.fromkeys(part.table for part in self.parts)
+        self.applier.prepare(tables, textual=textual)
+        self._stack.enter_context(self._connection.transaction())
+        # Local to the transaction: a setting that outlived it could silence an application's changes.
+        self._connection.execute(
+            "select pg_catalog.set_config(%s, %s, true)", [capture.APPLYING, self._schema]
+        )
+        for part in self.parts:
+            self.applier.stage(part)
+        self._postpone()
+        self._savepoint()
+
+    def upsert(self, tables: list[str]) -> None:
+        """Upsert the staged records of some tables. A refusal is dealt with in `finish`."""
+        steps = self._deletes_first() + self.applier.steps(tables, "upsert")
+        try:
+            self._run(steps)
+        except psycopg.Error as error:
+            if error_class(error) != "data":
+                raise
+            self._error = error
+
+    def finish(self) -> None:
+        """Apply what is left, settle conflicts, write the ledger and commit."""
+        for _ in range(MAX_ROUNDS):
+            refused = self._apply()
+            dirty = self._dirty(refused)
+            if not dirty:
+                break
+            self._rollback()
+            self._drop(refused)
+            self._settle(dirty)
+            self._savepoint()
+        else:
+            raise PassInterrupted(
+                "applications keep changing the same records on both nodes", node=self.target
+            )
+        self._drop(refused)
+        self._connection.execute("release savepoint batch")
+        self._record()
+        self._stack.close()
+
+    # --- applying ---
+
+    def _apply(self) -> list[Refusal]:
+        """Run the steps that are left; on a refusal, bring missing parents along or isolate the records."""
+        for _ in range(MAX_ROUNDS):
+            if self._error is None:
+                try:
+                    self._run([step for step in self._steps() if step not in self._done])
+                    self.applier.check_constraints()
+                except psycopg.Error as error:
+                    if error_class(error) != "data":
+                        raise
+                    self._error = error
+                else:
+                    return []
+            self._rollback()
+            sqlstate = self._error.sqlstate
+            self._error = None
+            if sqlstate == FOREIGN_KEY_VIOLATION and self._bring_parents():
+                self._savepoint()
+                continue
+            self._savepoint()
+            self.counts = {}
+            return self.applier.isolate(self._steps(), self.counts, self._guard_parents)
+        raise PassInterrupted("parents keep disappearing", node=self.target)
+
+    def _steps(self) -> list[Step]:
+        tables = list(self.applier.staged)
+        upserts = self.applier.steps(tables, "upsert")
+        deletes = self.applier.steps(tables, "delete")
+        first = self._deletes_first()
+        return first + upserts + [step for step in deletes if step not in first]
+
+    def _deletes_first(self) -> list[Step]:
+        """Deletes that no foreign key forbids go first: they free the unique values that upserts may want."""
+        referenced = self.applier.catalog.referenced
+        return [
+            step
+            for step in self.applier.steps(list(self.applier.staged), "delete")
+            if not referenced.intersection(step.tables)
+        ]
+
+    def _run(self, steps: list[Step]) -> None:
+        for step in steps:
+            self._guard_parents(step)
+            self.applier.run(step, self.counts)
+            self._done.append(step)
+
+    def _rollback(self) -> None:
+        self._connection.execute("rollback to savepoint batch")
+        self._connection.execute("release savepoint batch")
+        self._done = []
+        self.counts = {}
+
+    def _savepoint(self) -> None:
+        self._connection.execute("savepoint batch")
+        self.applier.defer_constraints()
+
+    def _bring_parents(self) -> bool:
+        """Stage parents that staged rows refer to and the target lacks, from the same snapshot; true if any came."""
+        came = False
+        while brought := self._bring_one_level():
+            came = came or brought
+        return came
+
+    def _bring_one_level(self) -> bool:
+        applier = self.applier
+        for table in list(applier.staged):
+            statements = applier.statements(table)
+            for key in applier.catalog.relation(self.target, table).foreign_keys:
+                parent = applier.statements(key.parent)
+                values = self._connection.execute(
+                    statements.missing_parents(
+                        parent, key, parent_is_staged=key.parent in applier.staged
+                    )
+                ).fetchall()
+                if not values:
+                    continue
+                last = max(part.last_number for part in [*self.parts, *self._pulled])
+                part = self.snapshot.rows_of(key.parent, key.parent_fields, values, last + 1)
+                if part.count == 0:
+                    part.discard()
+                    continue
+                applier.stage(part)
+                self._pulled.append(part)
+                self._stack.callback(part.discard)
+                return True
+        return False
+
+    def _guard_parents(self, step: Step) -> None:
+        """Before a parent is deleted: rows that still refer to it are the target's own work, so it stays."""
+        if step.phase != "delete":
+            return
+        applier = self.applier
+        for table in step.tables:
+            if table not in applier.catalog.referenced:
+                continue
+            parent = applier.statements(table)
+            if not scalar(self._connection, parent.lock_gone):
+                continue
+            for child_table in applier.catalog.tables:
+                child = applier.statements(child_table)
+                for key in applier.catalog.relation(self.target, child_table).foreign_keys:
+                    if key.parent != table:
+                        continue
+                    together = child_table in step.tables and child_table in applier.staged
+                    kept = self._connection.execute(
+                        parent.still_referenced(child, key, child_is_staged=together)
+                    ).fetchall()
+                    if kept:
+                        self._keep_parents(table, kept, child_table)
+
+    def _keep_parents(self, table: str, kept: list[tuple[int, str]], child: str) -> None:
+        applier = self.applier
+        numbers = [number for number, _ in kept]
+        parent = applier.statements(table)
+        decisions = [
+            Decision(
+                Dirty(
+                    table, number, record_id, self.snapshot.read_at, inserted=False, event_ids=[]
+                ),
+                "parent_deleted",
+                self.target,
+            )
+            for number, record_id in kept
+        ]
+        conflicts.log(applier, self._schema, table, decisions)
+        self._connection.execute(
+            query(queries.get("mark_records", self._schema)),
+            {"table_name": table, "event_type": "insert", "record_ids": [rid for _, rid in kept]},
+        )
+        for key in applier.catalog.relation(self.target, child).foreign_keys:
+            if key.parent == table:
+                self._connection.execute(
+                    parent.mark_children(applier.statements(child), key, self._schema),
+                    {"numbers": numbers},
+                )
+        self._conflicts[table] = self._conflicts.get(table, 0) + len(kept)
+        self._lost[table] = self._lost.get(table, 0) + len(kept)
+        applier.unstage(numbers, table)
+
+    # --- conflicts ---
+
+    def _dirty(self, refused: list[Refusal]) -> list[Dirty]:
+        failing = {(refusal.table, refusal.number) for refusal in refused}
+        return [
+            dirty
+            for dirty in conflicts.find(self.applier, self._schema)
+            if (dirty.table, dirty.number) not in failing
+        ]
+
+    def _settle(self, dirty: list[Dirty]) -> None:
+        decisions = conflicts.decide(
+            self.applier, self.config, self.source, self.target, dirty, self._changes
+        )
+        decisions = [
+            # The target deleted a parent that the source has given new children: it comes back.
+            Decision(d.dirty, "parent_deleted", self.source)
+            if d.dirty.number > self._last_number and not d.equal
+            else d
+            for d in decisions
+        ]
+        conflicts.settle(self.applier, self.config, self.source, decisions)
+        for decision in decisions:
+            if not decision.equal:
+                table = decision.dirty.table
+                self._conflicts[table] = self._conflicts.get(table, 0) + 1
+                if decision.winner != self.source:
+                    self._lost[table] = self._lost.get(table, 0) + 1
+
+    def _changes(self, table: str, record_ids: list[str]) -> dict[str, Change]:
+        return conflicts.changes_by_record(
+            *(self.snapshot.changes(part, record_ids) for part in self.parts if part.table == table)
+        )
+
+    # --- the end of a batch ---
+
+    def _drop(self, refused: list[Refusal]) -> None:
+        """Take refused records out of the batch and remember why."""
+        self._failures += self.applier.failures(
+            [refusal for refusal in refused if refusal.number <= self._last_number]
+        )
+        for table in dict.fromkeys(refusal.table for refusal in refused):
+            self.applier.unstage([r.number for r in refused if r.table == table], table)
+
+    def _postpone(self) -> None:
+        """Leave deletes of parents to the end of a pass of several batches: their children may still be there."""
+        self._postponed: dict[str, list[str]] = {}
+        for part in self.parts:
+            if part.event_types != UPSERTS:
+                continue
+            rows = self._connection.execute(self.applier.statements(part.table).gone_ids).fetchall()
+            if rows:
+                self.applier.unstage([number for number, _ in rows], part.table)
+                self._postponed.setdefault(part.table, []).extend(rid for _, rid in rows)
+
+    def _record(self) -> None:
+        left_out: list[str] = []
+        for part in self.parts:
+            failures = [f for f in self._failures if f.table_name == part.table]
+            postponed = self._postponed.get(part.table, [])
+            apart = [f.record_id for f in failures] + postponed
+            changes = self.snapshot.changes(part, apart) if apart else {}
+            outcome = Outcome(
+                part,
+                failures=[f for f in failures if f.record_id in changes],
+                postponed=[
+                    ids
+                    for record_id in postponed
+                    if record_id in changes and (ids := changes[record_id].ids) is not None
+                ],
+                not_applied=postponed,
+            )
+            left_out += [change.ids for change in changes.values() if change.ids is not None]
+            self.outcomes.append(outcome)
+        self.ids = self._applied_ids(left_out)
+        ledger.forget(self._connection, self._schema, self.forget)
+        self.ledger_id = ledger.record(
+            self._connection, self._schema, self.source, self.ids, self.snapshot.read_at
+        )
+        self._count()
+
+    def _applied_ids(self, left_out: list[str]) -> str:
+        ids = [part.ids for part in self.parts if part.ids != EMPTY]
+        if len(ids) == 1 and not left_out:
+            return ids[0]
+        text = scalar(
+            self._connection,
+            b"select (coalesce((select pg_catalog.range_agg(r) from unnest(%(ids)s::text[]) as t (m), "
+            b"unnest(m::int8multirange) as r), '{}') - coalesce((select pg_catalog.range_agg(r) "
+            b"from unnest(%(left_out)s::text[]) as t (m), unnest(m::int8multirange) as r), '{}'))::text",
+            {"ids": ids, "left_out": left_out},
+        )
+        return str(text)
+
+    def _count(self) -> None:
+        for part in self.parts:
+            entry = self.counts.setdefault(part.table, Counts())
+            entry.failed += sum(1 for f in self._failures if f.table_name == part.table)
+        for table, number in self._conflicts.items():
+            self.counts.setdefault(table, Counts()).conflicts += number
+        staged: dict[str, int] = {}
+        for part in self.parts:
+            staged[part.table] = staged.get(part.table, 0) + part.count
+        for table, number in staged.items():
+            entry = self.counts[table]
+            written = entry.upserted + entry.deleted + entry.failed + self._lost.get(table, 0)
+            entry.unchanged = max(0, number - written - len(self._postponed.get(table, [])))

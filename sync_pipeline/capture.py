@@ -1,0 +1,212 @@
+"""The triggers that mark changed records, composed for each table: one function and four triggers.
+
+A statement's changes are marked by one INSERT … SELECT over its transition tables, whatever their number. The
+functions run with their owner's rights, so that applications need none on the pipeline's schema, and with a pinned
+search_path. While the consumer applies (a setting local to its transaction), its own direct writes are not marked;
+what the application's triggers do as a consequence is work of this node and is.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from sync_pipeline.records import Relation
+
+APPLYING = "sync_pipeline.applying"
+
+# The text of these types depends on no setting of the session.
+_PLAIN_TYPES = {
+    "smallint", "integer", "bigint", "uuid", "text", "character varying", "bpchar", '"char"', "name",
+    "boolean", "numeric", "oid", "inet", "cidr", "macaddr", "macaddr8", '"bit"', "bit varying",
+}  # fmt: skip
+_TEXT_SETTINGS = sql.SQL(
+    "\nset datestyle = 'ISO, YMD'\nset timezone = 'UTC'\nset intervalstyle = 'postgres'"
+    "\nset bytea_output = 'hex'\nset extra_float_digits = 1\nset lc_monetary = 'C'"
+)
+
+_FUNCTION = sql.SQL(
+    """\
+create or replace function {function}() returns trigger
+language plpgsql
+security definer
+set search_path = pg_catalog, pg_temp{settings}
+as {body}"""
+)
+
+_BODY = sql.SQL(
+    """
+begin
+    if pg_trigger_depth() = 1 and current_setting({applying}, true) = {schema_name} then
+        return null;
+    end if;
+    if tg_op = 'UPDATE' then
+        insert into {events} (table_name, record_id, event_type)
+        select
+            {table},
+            case when new_rows.marker then {new_key} else {old_key} end,
+            case
+                when new_rows.marker and old_rows.marker then 'update'
+                when new_rows.marker then 'insert'
+                else 'delete'
+            end
+        from (select true as marker, {new_columns} from new_rows) as new_rows
+        full join (select true as marker, {old_columns} from old_rows) as old_rows
+            on {same_key}
+        where new_rows.marker is null or old_rows.marker is null
+            or row({new_values})::record operator(pg_catalog.*<>) row({old_values})::record;
+    elsif tg_op = 'INSERT' then
+        insert into {events} (table_name, record_id, event_type)
+        select {table}, {new_key}, 'insert'
+        from (select {key_columns} from new_rows) as new_rows;
+    elsif tg_op = 'DELETE' then
+        insert into {events} (table_name, record_id, event_type)
+        select {table}, {old_key}, 'delete'
+        from (select {key_columns} from old_rows) as old_rows;
+    else
+        insert into {events} (table_name, record_id, event_type)
+        select {table}, {old_key}, 'delete'
+        from (select {key_columns} from {relation}) as old_rows;
+    end if;
+    return null;
+end
+"""
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Trigger:
+    """One trigger that a captured relation must have."""
+
+    name: str
+    create: str
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """What must exist to capture one relation: a function and, on it and each partition, four triggers."""
+
+    relation: Relation
+    function: str
+    body: str
+    create_function: str
+    triggers: dict[tuple[str, str], tuple[Trigger, ...]]
+
+
+def compose(relation: Relation, schema: str) -> Capture:
+    """Compose the capture of a relation. Writes straight to a partition are captured by triggers of its own."""
+    name = function_name(relation.table)
+    function = sql.Identifier(schema, name)
+    columns = list(relation.columns)
+    aliases = {field: sql.Identifier(f"c{index}") for index, field in enumerate(columns)}
+
+    def named(fields: tuple[str, ...] | list[str]) -> sql.Composed:
+        return sql.SQL(", ").join(
+            sql.SQL("{} as {}").format(sql.Identifier(relation.columns[field].name), aliases[field])
+            for field in fields
+        )
+
+    def values(rows: str) -> sql.Composed:
+        return sql.SQL(", ").join(sql.SQL(rows + ".{}").format(aliases[field]) for field in columns)
+
+    def key_text(rows: str) -> sql.Composed:
+        parts = {field: sql.SQL(rows + ".{}").format(aliases[field]) for field in relation.key}
+        return record_id(relation, parts)
+
+    body = _BODY.format(
+        applying=APPLYING,
+        schema_name=schema,
+        events=sql.Identifier(schema, "sync_events"),
+        table=relation.table,
+        relation=sql.Identifier(relation.schema, relation.name),
+        new_key=key_text("new_rows"),
+        old_key=key_text("old_rows"),
+        new_columns=named(columns),
+        old_columns=named(columns),
+        key_columns=named(relation.key),
+        same_key=sql.SQL(" and ").join(
+            sql.SQL("new_rows.{} = old_rows.{}").format(aliases[field], aliases[field])
+            for field in relation.key
+        ),
+        new_values=values("new_rows"),
+        old_values=values("old_rows"),
+    ).as_string(None)
+    plain = all(relation.columns[field].type_name in _PLAIN_TYPES for field in relation.key)
+    create_function = _FUNCTION.format(
+        function=function, settings=sql.SQL("") if plain else _TEXT_SETTINGS, body=body
+    ).as_string(None)
+    targets = [(relation.schema, relation.name), *relation.partitions]
+    return Capture(
+        relation=relation,
+        function=name,
+        body=body,
+        create_function=create_function,
+        triggers={target: _triggers(target, schema, function) for target in targets},
+    )
+
+
+def trigger_names(schema: str) -> tuple[str, ...]:
+    """Return the names of the four triggers of a link, as a table has them."""
+    return tuple(
+        _short(f"{schema}_capture_{event}") for event in ("insert", "update", "delete", "truncate")
+    )
+
+
+def _triggers(
+    target: tuple[str, str], schema: str, function: sql.Identifier
+) -> tuple[Trigger, ...]:
+    insert, update, delete, truncate = trigger_names(schema)
+    referencing = {
+        insert: "after insert on {} referencing new table as new_rows",
+        update: "after update on {} referencing old table as old_rows new table as new_rows",
+        delete: "after delete on {} referencing old table as old_rows",
+        truncate: "before truncate on {}",
+    }
+    return tuple(
+        Trigger(
+            name,
+            sql.SQL(
+                "create or replace trigger {} "
+                + when
+                + "\nfor each statement execute function {}()"
+            )
+            .format(sql.Identifier(name), sql.Identifier(*target), function)
+            .as_string(None),
+        )
+        for name, when in referencing.items()
+    )
+
+
+def function_name(table: str) -> str:
+    """Return the name of a table's capture function: readable where the table's name is plain."""
+    if re.fullmatch(r"[a-z][a-z0-9_]{0,40}", table):
+        return f"capture_{table}"
+    slug = re.sub(r"[^a-z0-9]+", "_", table.lower()).strip("_")[:30]
+    digest = hashlib.sha256(table.encode()).hexdigest()[:12]
+    return f"capture_{slug}_{digest}"
+
+
+def record_id(relation: Relation, parts: dict[str, sql.Composed]) -> sql.Composed:
+    """Compose the text of a record's key from expressions of its fields: the same on both nodes."""
+    texts = [_text(relation.columns[field].type_name, parts[field]) for field in relation.key]
+    if len(texts) == 1:
+        return texts[0]
+    return sql.SQL("pg_catalog.jsonb_build_array({})::text").format(sql.SQL(", ").join(texts))
+
+
+def _text(type_name: str, value: sql.Composed) -> sql.Composed:
+    # Equal values have one text: 1.0 and 1.00, -0 and 0, a citext in any case.
+    if type_name == "numeric":
+        return sql.SQL("pg_catalog.trim_scale({})::text").format(value)
+    if type_name in {"real", "double precision"}:
+        return sql.SQL("({} + 0)::text").format(value)
+    if type_name.rsplit(".", maxsplit=1)[-1] == "citext":
+        return sql.SQL("pg_catalog.lower({}::text)").format(value)
+    return sql.SQL("{}::text").format(value)
+
+
+def _short(name: str) -> str:
+    if len(name.encode()) <= 63:
+        return name
+    return f"{name.encode()[:40].decode(errors='ignore')}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"

@@ -1,0 +1,316 @@
+"""What both nodes' catalogs say about the synced tables: keys, columns, foreign keys, and the order they ask for."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from graphlib import TopologicalSorter
+from typing import Any
+
+from psycopg.rows import dict_row
+
+from sync_pipeline import queries
+from sync_pipeline.config import Config, TableConfig
+from sync_pipeline.database import Connection, query
+from sync_pipeline.errors import CatalogMismatch
+from sync_pipeline.records import Column, ForeignKey, Relation
+
+_TABLE_KINDS = {"r", "p"}
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The synced tables on both nodes. `order` lists components (cycles together), parents first."""
+
+    relations: Mapping[str, Mapping[str, Relation]]
+    order: tuple[tuple[str, ...], ...]
+    parents: frozenset[str]
+    referenced: frozenset[str]
+    warnings: tuple[str, ...] = ()
+
+    def relation(self, node: str, table: str) -> Relation:
+        """Return a table as `node` has it."""
+        return self.relations[node][table]
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """All synced tables, parents first."""
+        return tuple(table for component in self.order for table in component)
+
+
+def read(config: Config, connections: Mapping[str, Connection], *, strict: bool = False) -> Catalog:
+    """Read both catalogs, one query each. Raises `CatalogMismatch` for the first table that cannot be synced.
+
+    Columns that only one side has are left out with a warning, so that a schema change on a running pair never
+    stops it; with `strict` (install, doctor) they are an error.
+    """
+    catalog, problems = inspect(config, connections, strict=strict)
+    if problems:
+        raise problems[0]
+    return catalog
+
+
+def inspect(
+    config: Config, connections: Mapping[str, Connection], *, strict: bool = True
+) -> tuple[Catalog, list[CatalogMismatch]]:
+    """Like `read`, but return every problem found, with the catalog of the tables that have none."""
+    rows = {node.name: _rows(config, node.name, connections[node.name]) for node in config.nodes}
+    relations: dict[str, dict[str, Relation]] = {node.name: {} for node in config.nodes}
+    problems: list[CatalogMismatch] = []
+    warnings: list[str] = []
+    for index, table in enumerate(config.tables):
+        found = {node.name: rows[node.name][index] for node in config.nodes}
+        try:
+            both = _relations(config, index, table, found, warnings, strict=strict)
+        except CatalogMismatch as problem:
+            problems.append(problem)
+            continue
+        for node, relation in both.items():
+            relations[node][table.name] = relation
+    _link_foreign_keys(config, relations, rows)
+    names = [table.name for table in config.tables if table.name in relations[config.first.name]]
+    order = _order(names, relations)
+    references = {
+        (table, key.parent)
+        for by_table in relations.values()
+        for table, relation in by_table.items()
+        for key in relation.foreign_keys
+    }
+    children = {table for table, parent in references if table != parent}
+    catalog = Catalog(
+        relations=relations,
+        order=order,
+        parents=frozenset(table for table in names if table not in children),
+        referenced=frozenset(parent for _, parent in references),
+        warnings=tuple(warnings),
+    )
+    return catalog, problems
+
+
+def _rows(config: Config, node: str, connection: Connection) -> list[dict[str, Any]]:
+    names = [table.relation(node) for table in config.tables]
+    with connection.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(
+            query(queries.get("read_catalog", config.schema_name)),
+            {"schemas": [schema for schema, _ in names], "names": [name for _, name in names]},
+        ).fetchall()
+
+
+def _relations(
+    config: Config,
+    index: int,
+    table: TableConfig,
+    found: dict[str, dict[str, Any]],
+    warnings: list[str],
+    *,
+    strict: bool,
+) -> dict[str, Relation]:
+    columns: dict[str, dict[str, Column]] = {}
+    keys: dict[str, tuple[str, ...]] = {}
+    for node, row in found.items():
+        place = _Place(config, index, table.name, node)
+        if row["oid"] is None:
+            schema, name = table.relation(node)
+            shown = f"{schema}.{name}" if schema else name
+            raise place.problem(
+                f"table {shown} does not exist", "create it, or correct its name in sync.yaml"
+            )
+        if row["kind"] not in _TABLE_KINDS:
+            raise place.problem(
+                f"{row['schema_name']}.{row['table_name']} is not a table",
+                "only ordinary and partitioned tables can be synced",
+            )
+        columns[node] = _columns(table, node, row, place)
+        keys[node] = _key(table, row, columns[node], place)
+    first, second = (node.name for node in config.nodes)
+    if set(keys[first]) != set(keys[second]):
+        raise _Place(config, index, table.name, None).problem(
+            f"the key is {_list(keys[first])} on {first} but {_list(keys[second])} on {second}",
+            "give both tables the same primary key, or name a unique constraint of both as `key`",
+        )
+    key = keys[first]
+    shared = [field for field in columns[first] if field in columns[second]]
+    missing = {
+        node: tuple(field for field in columns[other] if field not in columns[node])
+        for node, other in ((first, second), (second, first))
+    }
+    for node, other in ((first, second), (second, first)):
+        for field in missing[node]:
+            text = f"column {table.column(other, field)} of {other} does not exist here"
+            if strict:
+                raise _Place(config, index, table.name, node).problem(
+                    text,
+                    f"add the column on {node}, map it under `columns`, or list {field} in `exclude`",
+                )
+            warnings.append(f"{table.name}: {node}: {text}: not synced")
+    fields = [*key, *(field for field in shared if field not in key)]
+    return {
+        node: Relation(
+            table=table.name,
+            node=node,
+            oid=row["oid"],
+            schema=row["schema_name"],
+            name=row["table_name"],
+            kind=row["kind"],
+            key=key,
+            columns={field: columns[node][field] for field in fields},
+            key_is_deferrable=_key_is_deferrable(row, table, node, key),
+            deferrable_constraints=row["deferrable_constraints"],
+            foreign_keys=(),
+            partitions=tuple((schema, name) for schema, name in row["partitions"]),
+            where=table.where(node),
+            row_security=row["row_security"],
+            missing_fields=missing[node],
+        )
+        for node, row in found.items()
+    }
+
+
+def _columns(
+    table: TableConfig, node: str, row: dict[str, Any], place: "_Place"
+) -> dict[str, Column]:
+    mapped = table.sides[node].columns if node in table.sides else {}
+    fields = {column: field for field, column in mapped.items()}
+    columns = {}
+    names = {column["name"] for column in row["columns"]}
+    for field, column in mapped.items():
+        if column not in names:
+            raise place.problem(
+                f"column {column}, mapped from {field}, does not exist",
+                "correct `columns` in sync.yaml",
+            )
+    for column in row["columns"]:
+        field = fields.get(column["name"], column["name"])
+        if column["generated"] or field in table.exclude:
+            continue
+        columns[field] = Column(
+            name=column["name"],
+            type_name=column["type"],
+            formatted_type=column["formatted"],
+            domain=column["domain"],
+            not_null=column["not_null"],
+            generated=column["generated"],
+            identity=column["identity"],
+            has_default=column["default"],
+            collation_is_deterministic=column["deterministic"],
+        )
+    return columns
+
+
+def _key(
+    table: TableConfig, row: dict[str, Any], columns: dict[str, Column], place: "_Place"
+) -> tuple[str, ...]:
+    by_name = {column.name: field for field, column in columns.items()}
+    usable = [index for index in row["unique_indexes"] if index["plain"]]
+    if table.key is None:
+        primary = next((index for index in usable if index["primary"]), None)
+        if primary is None:
+            raise place.problem(
+                "the table has no primary key",
+                "add a primary key, or name the columns of a unique constraint as `key`",
+            )
+        absent = [name for name in primary["columns"] if name not in by_name]
+        if absent:
+            raise place.problem(
+                f"key column {absent[0]} is excluded or generated", "the key must be synced"
+            )
+        return tuple(by_name[name] for name in primary["columns"])
+    for field in table.key:
+        if field not in columns:
+            raise place.problem(f"key field {field} does not exist", "correct `key` in sync.yaml")
+        if not columns[field].not_null:
+            raise place.problem(f"key field {field} allows null", "make the column NOT NULL")
+    wanted = {columns[field].name for field in table.key}
+    if not any(set(index["columns"]) == wanted for index in usable):
+        raise place.problem(
+            f"{_list(table.key)} is not unique",
+            "add a unique constraint on exactly these columns, or name another `key`",
+        )
+    return table.key
+
+
+def _key_is_deferrable(
+    row: dict[str, Any], table: TableConfig, node: str, key: tuple[str, ...]
+) -> bool:
+    wanted = {table.column(node, field) for field in key}
+    matching = [i for i in row["unique_indexes"] if i["plain"] and set(i["columns"]) == wanted]
+    return all(index["deferrable"] for index in matching)
+
+
+def _link_foreign_keys(
+    config: Config, relations: dict[str, dict[str, Relation]], rows: dict[str, list[dict[str, Any]]]
+) -> None:
+    for node, by_table in relations.items():
+        tables_by_oid = {relation.oid: relation for relation in by_table.values()}
+        for index, table in enumerate(config.tables):
+            relation = by_table.get(table.name)
+            if relation is None:
+                continue
+            keys = []
+            for reference in rows[node][index]["foreign_keys"]:
+                parent = tables_by_oid.get(reference["parent"])
+                if parent is None:
+                    continue
+                child_fields = _fields(relation, reference["columns"])
+                parent_fields = _fields(parent, reference["parent_columns"])
+                if child_fields and parent_fields:
+                    keys.append(
+                        ForeignKey(
+                            reference["name"], table.name, child_fields, parent.table, parent_fields
+                        )
+                    )
+            by_table[table.name] = replace(relation, foreign_keys=tuple(keys))
+
+
+def _fields(relation: Relation, columns: Iterable[str]) -> tuple[str, ...]:
+    by_name = {column.name: field for field, column in relation.columns.items()}
+    names = list(columns)
+    return tuple(by_name[name] for name in names) if all(name in by_name for name in names) else ()
+
+
+def _order(
+    tables: list[str], relations: dict[str, dict[str, Relation]]
+) -> tuple[tuple[str, ...], ...]:
+    """Order tables parents first; tables that reach each other form one component."""
+    parents: dict[str, set[str]] = {table: set() for table in tables}
+    for by_table in relations.values():
+        for table, relation in by_table.items():
+            parents[table] |= {key.parent for key in relation.foreign_keys if key.parent != table}
+    reach = {table: set(direct) for table, direct in parents.items()}
+    for middle in tables:
+        for table in tables:
+            if middle in reach[table]:
+                reach[table] |= reach[middle]
+    component = {
+        table: tuple(
+            other
+            for other in tables
+            if other == table or (other in reach[table] and table in reach[other])
+        )
+        for table in tables
+    }
+    sorter: TopologicalSorter[tuple[str, ...]] = TopologicalSorter()
+    for table in tables:
+        above = {component[parent] for parent in parents[table]} - {component[table]}
+        sorter.add(component[table], *above)
+    return tuple(sorter.static_order())
+
+
+@dataclass(frozen=True)
+class _Place:
+    config: Config
+    index: int
+    table: str
+    node: str | None
+
+    def problem(self, text: str, remedy: str) -> CatalogMismatch:
+        return CatalogMismatch(
+            text,
+            node=self.node,
+            table=self.table,
+            file=str(self.config.path) if self.config.path else None,
+            place=f"tables[{self.index}] ({self.table})",
+            remedy=remedy,
+        )
+
+
+def _list(names: Iterable[str]) -> str:
+    return "(" + ", ".join(names) + ")"

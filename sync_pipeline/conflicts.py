@@ -1,0 +1,242 @@
+"""Records that changed on both nodes: found under our row locks, decided by the table's policy, logged with both rows.
+
+"Has an event or a failure" is the version vector: a record that is dirty on the target too was changed there without
+knowledge of the source's change, whatever the clocks say.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from psycopg import sql
+from psycopg.rows import class_row
+
+from sync_pipeline import queries
+from sync_pipeline.applier import Applier
+from sync_pipeline.config import Config
+from sync_pipeline.database import query, scalar
+from sync_pipeline.outbox import Change
+from sync_pipeline.statements import TableStatements
+
+Kind = Literal["insert_insert", "update_update", "update_delete", "parent_deleted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dirty:
+    """A staged record that has events or a failure on the target as well."""
+
+    table: str
+    number: int
+    record_id: str
+    changed_at: datetime
+    inserted: bool
+    event_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do with a record that is dirty on both nodes. `winner` None: the rows are equal, or it is held."""
+
+    dirty: Dirty
+    kind: Kind
+    winner: str | None
+    equal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    n: int
+    staged_present: bool
+    target_present: bool
+    equal: bool
+
+
+def find(applier: Applier, schema: str) -> list[Dirty]:
+    """Return the staged records that are dirty on the target. Normally one look at an almost empty table."""
+    connection = applier.connection
+    if not scalar(connection, query(queries.get("has_pending", schema))):
+        return []
+    dirty: list[Dirty] = []
+    for table in applier.staged:
+        with connection.cursor(row_factory=class_row(Dirty)) as cursor:
+            dirty += cursor.execute(_find(applier.statements(table), schema)).fetchall()
+    return dirty
+
+
+def decide(
+    applier: Applier,
+    config: Config,
+    source: str,
+    target: str,
+    dirty: list[Dirty],
+    changes: Callable[[str, list[str]], Mapping[str, Change]],
+) -> list[Decision]:
+    """Compare both rows of each dirty record and apply its table's policy. Equal rows are no conflict."""
+    decisions = []
+    for table in dict.fromkeys(item.table for item in dirty):
+        mine = [item for item in dirty if item.table == table]
+        statements = applier.statements(table)
+        with applier.connection.cursor(row_factory=class_row(_Comparison)) as cursor:
+            rows = cursor.execute(_compare(statements), {"numbers": [item.number for item in mine]})
+            compared = {row.n: row for row in rows}
+        theirs = changes(table, [item.record_id for item in mine])
+        policy = config.table(table).policy
+        for item in mine:
+            row = compared.get(item.number)
+            if row is None:
+                continue
+            change = theirs.get(item.record_id)
+            decisions.append(
+                Decision(
+                    dirty=item,
+                    kind=_kind(item, row, change),
+                    winner=None
+                    if row.equal
+                    else _winner(config, policy, source, target, item, change),
+                    equal=row.equal,
+                )
+            )
+    return decisions
+
+
+def settle(applier: Applier, config: Config, source: str, decisions: list[Decision]) -> None:
+    """Log the decisions with both rows and carry them out in the transaction that decides.
+
+    Where the source wins, the target's events of the record go and the staged row is applied; where the target wins,
+    the record leaves the batch and the target's own event brings its row over.
+    """
+    schema = config.schema_name
+    for table in dict.fromkeys(decision.dirty.table for decision in decisions):
+        mine = [decision for decision in decisions if decision.dirty.table == table]
+        logged = [decision for decision in mine if not decision.equal]
+        if logged:
+            log(applier, schema, table, logged)
+        cleared = [d.dirty for d in mine if d.equal or d.winner == source]
+        if cleared:
+            connection = applier.connection
+            connection.execute(
+                query(queries.get("delete_events", schema)),
+                {"ids": [event for item in cleared for event in item.event_ids]},
+            )
+            connection.execute(
+                query(queries.get("delete_failures", schema)),
+                {"table_name": table, "record_ids": [item.record_id for item in cleared]},
+            )
+        lost = [d.dirty.number for d in mine if d.equal or d.winner != source]
+        if lost:
+            applier.unstage(lost, table)
+
+
+def log(applier: Applier, schema: str, table: str, decisions: list[Decision]) -> None:
+    """Write decisions about one table's staged records to `sync_conflicts`, with both rows."""
+    statements = applier.statements(table)
+    applier.connection.execute(
+        sql.SQL(
+            "insert into {conflicts} (table_name, record_id, kind, winner, local_row, remote_row, resolved_at) "
+            "select {table}, {record_id}, decided.kind, decided.winner, "
+            "case when {found} then {local_row} end, case when s.present then {remote_row} end, "
+            "case when decided.winner is not null then pg_catalog.clock_timestamp() end "
+            "from unnest(%(numbers)s::bigint[], %(kinds)s::text[], %(winners)s::text[]) "
+            "as decided (n, kind, winner) "
+            "join {stage} as s on s.n = decided.n left join {target} as t on {same_key} order by s.n"
+        ).format(
+            conflicts=sql.Identifier(schema, "sync_conflicts"),
+            table=table,
+            record_id=statements.record_id(),
+            found=_found(statements),
+            local_row=statements.as_row("t"),
+            remote_row=statements.as_row("s"),
+            stage=statements.stage,
+            target=statements.target,
+            same_key=statements.same_key(),
+        ),
+        {
+            "numbers": [decision.dirty.number for decision in decisions],
+            "kinds": [decision.kind for decision in decisions],
+            "winners": [decision.winner for decision in decisions],
+        },
+    )
+
+
+def _kind(dirty: Dirty, row: _Comparison, change: Change | None) -> Kind:
+    if row.staged_present != row.target_present:
+        return "update_delete"
+    if dirty.inserted and change is not None and change.inserted:
+        return "insert_insert"
+    return "update_update"
+
+
+def _winner(
+    config: Config, policy: str, source: str, target: str, dirty: Dirty, change: Change | None
+) -> str | None:
+    if policy in (source, target):
+        return policy
+    if policy == "hold":
+        return None
+    if change is None or change.changed_at < dirty.changed_at:
+        return target
+    if change.changed_at > dirty.changed_at:
+        return source
+    return config.first.name
+
+
+def _find(statements: TableStatements, schema: str) -> sql.Composed:
+    return sql.SQL(
+        """
+with pending as (
+    select record_id, created_at as changed_at, event_type, id as event_id
+    from {events}
+    where table_name = {table}
+    union all
+    select record_id, changed_at, event_type, null
+    from {failures}
+    where table_name = {table}
+)
+select
+    {table} as "table",
+    staged.n as number,
+    pending.record_id,
+    max(pending.changed_at) as changed_at,
+    bool_or(pending.event_type = 'insert') as inserted,
+    coalesce(array_agg(pending.event_id) filter (where pending.event_id is not null), '{{}}') as event_ids
+from (select s.n, {record_id} as record_id from {stage} as s) as staged
+join pending on pending.record_id = staged.record_id
+group by staged.n, pending.record_id
+order by staged.n"""
+    ).format(
+        events=sql.Identifier(schema, "sync_events"),
+        failures=sql.Identifier(schema, "sync_failures"),
+        table=statements.relation.table,
+        record_id=statements.record_id(),
+        stage=statements.stage,
+    )
+
+
+def _compare(statements: TableStatements) -> sql.Composed:
+    return sql.SQL(
+        "select s.n, s.present as staged_present, {found} as target_present, "
+        "s.present = {found} and not (s.present and {differs}) as equal "
+        "from {stage} as s left join {target} as t on {same_key} where s.n = any (%(numbers)s::bigint[])"
+    ).format(
+        found=_found(statements),
+        differs=statements.differs,
+        stage=statements.stage,
+        target=statements.target,
+        same_key=statements.same_key(),
+    )
+
+
+def _found(statements: TableStatements) -> sql.Composed:
+    return sql.SQL("(t.{} is not null)").format(statements.column(statements.relation.key[0]))
+
+
+def changes_by_record(*sources: Mapping[str, Change]) -> dict[str, Change]:
+    """Merge what several parts of a batch know of their records."""
+    merged: dict[str, Change] = {}
+    for source in sources:
+        for record_id, change in source.items():
+            known = merged.get(record_id)
+            if known is None or known.changed_at < change.changed_at:
+                merged[record_id] = change
+    return merged

@@ -1,0 +1,123 @@
+"""Connections to the two nodes, and what an error of PostgreSQL means for the caller."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, LiteralString, cast
+
+import psycopg
+from psycopg import sql
+
+from sync_pipeline.config import Config, NodeConfig
+from sync_pipeline.errors import ConnectionFailed
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+Statement = LiteralString | bytes | sql.Composed | sql.SQL
+
+CONNECT_TIMEOUT_SECONDS = 10
+IDLE_IN_TRANSACTION_SECONDS = 600
+
+# What the text of a value depends on is the same on both nodes, whatever their databases or roles say.
+# A client that vanishes is noticed by the server within a minute, so that its lock becomes free.
+_SESSION = {
+    "client_encoding": "UTF8",
+    "datestyle": "ISO, YMD",
+    "timezone": "UTC",
+    "intervalstyle": "postgres",
+    "bytea_output": "hex",
+    "extra_float_digits": "1",
+    "lc_monetary": "C",
+    "xmloption": "content",
+    "standard_conforming_strings": "on",
+    "default_transaction_isolation": "read committed",
+    "default_transaction_deferrable": "off",
+    # A policy that hides rows would look like deletes: fail instead.
+    "row_security": "off",
+    "jit": "off",
+    "tcp_keepalives_idle": "10",
+    "tcp_keepalives_interval": "5",
+    "tcp_keepalives_count": "4",
+    "tcp_user_timeout": "30000",
+    "client_connection_check_interval": "5000",
+    "idle_session_timeout": "0",
+}
+
+ErrorClass = Literal["transient", "catalog", "data"]
+
+# Connection lost, resources, operator intervention, serialization and deadlock, lock timeouts, read-only standby.
+_TRANSIENT_CLASSES = {"08", "25", "40", "53", "55", "57", "58", "72", "XX", "F0"}
+_DATA_CLASSES = {"21", "22", "23", "27", "2F", "38", "39", "44", "54", "P0"}
+
+
+def connect(node: NodeConfig, config: Config, role: str) -> Connection:
+    """Open a connection with the pipeline's session settings. Raises `ConnectionFailed`, without any secret."""
+    try:
+        connection = psycopg.connect(
+            node.dsn.get_secret_value(),
+            autocommit=True,
+            connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            application_name=f"sync-pipeline {config.schema_name} {role}",
+            keepalives_idle=10,
+            keepalives_interval=5,
+            keepalives_count=4,
+        )
+    except psycopg.Error as error:
+        raise ConnectionFailed(
+            f"cannot connect: {_first_line(error)}",
+            node=node.name,
+            remedy="check the dsn, the network and pg_hba.conf",
+        ) from error
+    settings = _SESSION | {
+        "lock_timeout": f"{int(config.lock_timeout_seconds * 1000)}",
+        "statement_timeout": f"{int(config.statement_timeout_seconds * 1000)}",
+        "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_SECONDS * 1000}",
+    }
+    try:
+        connection.execute(
+            sql.SQL("select {}").format(
+                sql.SQL(", ").join(
+                    sql.SQL("pg_catalog.set_config({}, {}, false)").format(name, value)
+                    for name, value in settings.items()
+                )
+            )
+        )
+    except psycopg.Error as error:
+        connection.close()
+        raise ConnectionFailed(
+            f"cannot prepare the session: {_first_line(error)}", node=node.name
+        ) from error
+    return connection
+
+
+@contextmanager
+def connected(node: NodeConfig, config: Config, role: str) -> Iterator[Connection]:
+    """Open a connection for a `with` block and close it at its end."""
+    connection = connect(node, config, role)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def error_class(error: psycopg.Error) -> ErrorClass:
+    """Say what an error asks for: wait (`transient`), look at the schema (`catalog`) or at the record (`data`)."""
+    state = error.sqlstate
+    if state is None or state[:2] in _TRANSIENT_CLASSES:
+        return "transient"
+    return "data" if state[:2] in _DATA_CLASSES else "catalog"
+
+
+def query(text: bytes) -> LiteralString:
+    """Mark SQL that came from `sql/` or from `psycopg.sql` as safe for psycopg's strict typing."""
+    return cast("LiteralString", text)
+
+
+def scalar(
+    connection: Connection, statement: Statement, parameters: dict[str, Any] | None = None
+) -> Any:
+    """Return the first column of the first row, or None when there is no row."""
+    row = connection.execute(statement, parameters).fetchone()
+    return None if row is None else row[0]
+
+
+def _first_line(error: psycopg.Error) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,95 @@
+"""The open connections of a link, held by the one worker that leads: a writer with the lock and a reader per node."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+
+import psycopg
+
+from sync_pipeline import catalog, install, locks
+from sync_pipeline.applier import Applier
+from sync_pipeline.config import Config, NodeConfig
+from sync_pipeline.database import Connection, connect, query, scalar
+from sync_pipeline.queries import get as named
+
+CANCEL_TIMEOUT_SECONDS = 0.5
+
+
+@dataclass
+class Side:
+    """One node of an open link."""
+
+    node: NodeConfig
+    writer: Connection
+    reader: Connection
+    floor: int = 0
+
+
+@dataclass
+class Link:
+    """Two nodes, led by this process. Make one with `lead`."""
+
+    config: Config
+    sides: dict[str, Side]
+    catalog: catalog.Catalog
+    generation: int = 0
+    # Sources whose last batches may be committed on the other node but not acknowledged.
+    unrecovered: set[str] = field(default_factory=set)
+    _appliers: dict[str, Applier] = field(default_factory=dict)
+
+    @property
+    def writers(self) -> dict[str, Connection]:
+        """The writer connection of each node."""
+        return {name: side.writer for name, side in self.sides.items()}
+
+    def applier(self, node: str) -> Applier:
+        """Return what writes to a node, for the catalog as it was last read."""
+        if node not in self._appliers:
+            self._appliers[node] = Applier(
+                self.sides[node].writer, self.catalog, node, self.generation
+            )
+        return self._appliers[node]
+
+    def read_catalog(self) -> None:
+        """Read both catalogs again and forget what was composed from the old ones."""
+        self.catalog = catalog.read(self.config, self.writers)
+        self.generation += 1
+        self._appliers = {}
+        for side in self.sides.values():
+            side.writer.execute("discard temp")
+
+    def is_paused(self) -> bool:
+        """True when an operator paused consumption on either node."""
+        statement = query(named("is_paused", self.config.schema_name))
+        return any(scalar(side.writer, statement) for side in self.sides.values())
+
+
+@contextmanager
+def lead(config: Config) -> Iterator[Link]:
+    """Connect to both nodes, take both locks, and hold them for a `with` block.
+
+    Raises `LockTaken` when another worker leads, `PoolerRefused` behind a pooler that shares sessions,
+    `NotInstalled`, `ConnectionFailed`, `CatalogMismatch`. At the end running statements are cancelled, so that the
+    locks are free at once even after an interruption.
+    """
+    with ExitStack() as stack:
+        sides = {}
+        for node in config.nodes:
+            writer = connect(node, config, "writer")
+            stack.callback(_close, writer)
+            locks.refuse_shared_sessions(writer, node)
+            install.require(config, node.name, writer)
+            locks.take(writer, config, node.name)
+            writer.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+            reader = connect(node, config, "reader")
+            stack.callback(_close, reader)
+            sides[node.name] = Side(node, writer, reader)
+        found = catalog.read(config, {name: side.writer for name, side in sides.items()})
+        yield Link(config, sides, found, unrecovered=set(sides))
+
+
+def _close(connection: Connection) -> None:
+    with suppress(Exception):
+        if connection.info.transaction_status == psycopg.pq.TransactionStatus.ACTIVE:
+            connection.cancel_safe(timeout=CANCEL_TIMEOUT_SECONDS)
+    connection.close()

@@ -1,0 +1,140 @@
+"""The values that the engine's modules hand each other."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column as the catalog has it; `type_name` is its base type without length, ready for a cast."""
+
+    name: str
+    type_name: str
+    formatted_type: str
+    domain: str | None
+    not_null: bool
+    generated: bool
+    identity: str
+    has_default: bool
+    collation_is_deterministic: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignKey:
+    """A reference from a synced table to a synced table, by field names of both."""
+
+    name: str
+    table: str
+    fields: tuple[str, ...]
+    parent: str
+    parent_fields: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """One synced table on one node. Columns are listed by field, in the order of the link's fields."""
+
+    table: str
+    node: str
+    oid: int
+    schema: str
+    name: str
+    kind: str
+    key: tuple[str, ...]
+    columns: dict[str, Column]
+    key_is_deferrable: bool
+    deferrable_constraints: bool
+    foreign_keys: tuple[ForeignKey, ...]
+    partitions: tuple[tuple[str, str], ...]
+    where: str | None
+    row_security: bool
+    missing_fields: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that are carried, key first."""
+        return tuple(self.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class TableBacklog:
+    """What waits for one table in the snapshot of a pass."""
+
+    table_name: str
+    events: int
+    deletes: int
+    first_id: int
+    last_id: int
+    oldest_at: datetime
+    due_failures: int = 0
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a pass did to one table, in records."""
+
+    upserted: int = 0
+    deleted: int = 0
+    unchanged: int = 0
+    conflicts: int = 0
+    failed: int = 0
+
+    def add(self, other: "Counts") -> None:
+        """Add another count to this one."""
+        self.upserted += other.upserted
+        self.deleted += other.deleted
+        self.unchanged += other.unchanged
+        self.conflicts += other.conflicts
+        self.failed += other.failed
+
+    @property
+    def total(self) -> int:
+        """All records that were looked at."""
+        return self.upserted + self.deleted + self.unchanged + self.conflicts + self.failed
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A record that the target refused, with the refusal."""
+
+    table_name: str
+    record_id: str
+    error_class: str
+    error: str
+
+
+@dataclass(slots=True)
+class DirectionReport:
+    """What one direction of a pass did."""
+
+    source: str
+    target: str
+    tables: dict[str, Counts] = field(default_factory=dict)
+    batches: int = 0
+    events: int = 0
+    lag_seconds: float = 0.0
+    recovered: int = 0
+    set_aside: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The direction as users write it: `crm->billing`."""
+        return f"{self.source}->{self.target}"
+
+    def table(self, name: str) -> Counts:
+        """Return the counts of a table, made on first use."""
+        return self.tables.setdefault(name, Counts())
+
+    @property
+    def total(self) -> Counts:
+        """The counts over all tables."""
+        total = Counts()
+        for counts in self.tables.values():
+            total.add(counts)
+        return total
+
+    @property
+    def did_something(self) -> bool:
+        """True when events were consumed or records looked at."""
+        return self.events > 0 or self.total.total > 0 or self.set_aside > 0

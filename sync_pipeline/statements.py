@@ -1,0 +1,294 @@
+"""The set-based SQL that applies staged rows to one table, composed once per table from its catalog entry.
+
+A staging table is temporary, so that nothing of it is logged, and has `n` (the row's number in its batch),
+`present` (false: the record is gone on the source) and one column per field, `c0`, `c1` …, key first.
+"""
+
+from dataclasses import dataclass
+
+from psycopg import sql
+
+from sync_pipeline.capture import record_id
+from sync_pipeline.records import ForeignKey, Relation
+
+
+@dataclass(frozen=True)
+class TableStatements:
+    """How one table of the target is written. `textual`: the staging table holds text, cast where it is used."""
+
+    relation: Relation
+    stage_name: str
+    textual: bool = False
+
+    @property
+    def stage(self) -> sql.Identifier:
+        """The staging table."""
+        return sql.Identifier("pg_temp", self.stage_name)
+
+    @property
+    def target(self) -> sql.Identifier:
+        """The user's table."""
+        return sql.Identifier(self.relation.schema, self.relation.name)
+
+    def column(self, field: str) -> sql.Identifier:
+        """The user's column of a field."""
+        return sql.Identifier(self.relation.columns[field].name)
+
+    def staged(self, field: str, alias: str = "s") -> sql.Composed:
+        """A field's staged value, in the type of the user's column."""
+        index = self.relation.fields.index(field)
+        column = self.relation.columns[field]
+        value = sql.SQL(f"{alias}.c{index}")
+        if column.domain is not None:
+            base = sql.SQL("::" + column.type_name) if self.textual else sql.SQL("")
+            return sql.SQL("{}{}::" + column.domain).format(value, base)
+        return (
+            sql.SQL("{}::" + column.type_name).format(value)
+            if self.textual
+            else sql.Composed([value])
+        )
+
+    def record_id(self, alias: str = "s") -> sql.Composed:
+        """The text of a staged record's key, as `sync_events` has it."""
+        return record_id(
+            self.relation, {field: self.staged(field, alias) for field in self.relation.key}
+        )
+
+    def same_key(self, alias: str = "s") -> sql.Composed:
+        """The join of the user's row `t` with its staged row."""
+        return sql.SQL(" and ").join(
+            sql.SQL("t.{} = {}").format(self.column(field), self.staged(field, alias))
+            for field in self.relation.key
+        )
+
+    @property
+    def create_stage(self) -> sql.Composed:
+        """Create the staging table of this session."""
+        columns = sql.SQL(", ").join(
+            sql.SQL(f"c{index} " + ("text" if self.textual else column.type_name))
+            for index, column in enumerate(self.relation.columns.values())
+        )
+        return sql.SQL(
+            "create temporary table {} (n bigint, present boolean, {}) on commit delete rows"
+        ).format(sql.Identifier(self.stage_name), columns)
+
+    @property
+    def copy_in(self) -> sql.Composed:
+        """Load rows into the staging table."""
+        return sql.SQL("copy {} from stdin").format(self.stage)
+
+    @property
+    def differs(self) -> sql.Composed:
+        """True when the user's row `t` is not, to the byte, the staged row `s`."""
+        fields = [field for field in self.relation.fields if field not in self.relation.key]
+        if not fields:
+            return sql.SQL("false").format()
+        return sql.SQL("row({})::record operator(pg_catalog.*<>) row({})::record").format(
+            sql.SQL(", ").join(sql.SQL("t.{}").format(self.column(field)) for field in fields),
+            sql.SQL(", ").join(self.staged(field) for field in fields),
+        )
+
+    def upsert(self, number: int) -> tuple[list[sql.Composed], sql.Composed]:
+        """Compose the parts of a WITH that write the present records, and the count of what they wrote.
+
+        Existing rows are updated where they differ, then missing ones inserted; the insert is skipped when the
+        update already met every record. A row inserted meanwhile by an application is updated.
+        """
+        payload = [
+            field
+            for field in self.relation.fields
+            if field not in self.relation.key and self.relation.columns[field].identity != "a"
+        ]
+        parts = []
+        updated = sql.SQL(f"updated_{number}")
+        inserted = sql.SQL(f"inserted_{number}")
+        chosen = sql.SQL("s.present and s.n between %(first)s and %(last)s")
+        conflict: sql.Composable = sql.SQL("")
+        counts = []
+        if payload:
+            parts.append(
+                sql.SQL(
+                    "{name} as (update {target} as t set {assignments} from {stage} as s "
+                    "where {same_key} and {chosen} and {differs} returning 1)"
+                ).format(
+                    name=updated,
+                    target=self.target,
+                    assignments=sql.SQL(", ").join(
+                        sql.SQL("{} = {}").format(self.column(field), self.staged(field))
+                        for field in payload
+                    ),
+                    stage=self.stage,
+                    same_key=self.same_key(),
+                    chosen=chosen,
+                    differs=self.differs,
+                )
+            )
+            counts.append(sql.SQL("(select count(*) from {})").format(updated))
+        if not self.relation.key_is_deferrable:
+            key = sql.SQL(", ").join(self.column(field) for field in self.relation.key)
+            action: sql.Composable = sql.SQL("do nothing")
+            if payload:
+                action = sql.SQL("do update set {}").format(
+                    sql.SQL(", ").join(
+                        sql.SQL("{0} = excluded.{0}").format(self.column(field))
+                        for field in payload
+                    )
+                )
+            conflict = sql.SQL("on conflict ({}) {}").format(key, sql.SQL("{}").format(action))
+        parts.append(
+            sql.SQL(
+                "{name} as (insert into {target} as t ({columns}) overriding system value "
+                "select {values} from {stage} as s where {chosen} and {unmet} "
+                "and not exists (select from {target} as t where {same_key}) order by s.n {conflict} returning 1)"
+            ).format(
+                name=inserted,
+                target=self.target,
+                columns=sql.SQL(", ").join(self.column(field) for field in self.relation.fields),
+                values=sql.SQL(", ").join(self.staged(field) for field in self.relation.fields),
+                stage=self.stage,
+                chosen=chosen,
+                unmet=sql.SQL("(select count(*) from {}) < %(last)s - %(first)s + 1").format(
+                    updated
+                )
+                if payload
+                else sql.SQL("true"),
+                same_key=self.same_key(),
+                conflict=conflict,
+            )
+        )
+        counts.append(sql.SQL("(select count(*) from {})").format(inserted))
+        return parts, sql.SQL(" + ").join(counts)
+
+    def delete(self, number: int) -> tuple[list[sql.Composed], sql.Composed]:
+        """Compose the part of a WITH that deletes the records that are gone, and its count."""
+        name = sql.SQL(f"deleted_{number}")
+        part = sql.SQL(
+            "{} as (delete from {} as t using {} as s where {} "
+            "and not s.present and s.n between %(first)s and %(last)s returning 1)"
+        ).format(name, self.target, self.stage, self.same_key())
+        return [part], sql.SQL("(select count(*) from {})").format(name)
+
+    @property
+    def lock_gone(self) -> sql.Composed:
+        """Lock the rows that are about to be deleted, so that no child can be added to them meanwhile."""
+        return sql.SQL(
+            "select count(*) from (select 1 from {} as t join {} as s on {} "
+            "where not s.present order by s.n for update of t) as locked"
+        ).format(self.target, self.stage, self.same_key())
+
+    def still_referenced(
+        self, child: "TableStatements", key: ForeignKey, *, child_is_staged: bool
+    ) -> sql.Composed:
+        """Return number and id of records about to be deleted that a row of `child` still refers to."""
+        reference = sql.SQL(" and ").join(
+            sql.SQL("c.{} = t.{}").format(child.column(mine), self.column(theirs))
+            for mine, theirs in zip(key.fields, key.parent_fields, strict=True)
+        )
+        going: sql.Composable = sql.SQL("")
+        if child_is_staged:
+            going = sql.SQL(
+                " and not exists (select from {} as g where not g.present and {})"
+            ).format(
+                child.stage,
+                sql.SQL(" and ").join(
+                    sql.SQL("c.{} = {}").format(child.column(field), child.staged(field, "g"))
+                    for field in child.relation.key
+                ),
+            )
+        return sql.SQL(
+            "select s.n, {record_id} from {stage} as s join {target} as t on {same_key} "
+            "where not s.present and exists (select from {child} as c where {reference}{going}) order by s.n"
+        ).format(
+            record_id=self.record_id(),
+            stage=self.stage,
+            target=self.target,
+            same_key=self.same_key(),
+            child=child.target,
+            reference=reference,
+            going=going,
+        )
+
+    def mark_children(self, child: "TableStatements", key: ForeignKey, schema: str) -> sql.Composed:
+        """Mark the rows of `child` that refer to some staged records, so that they are sent from here."""
+        return sql.SQL(
+            "insert into {events} (table_name, record_id, event_type) "
+            "select {table}, {record_id}, 'insert' from {child} as c "
+            "join {target} as t on {reference} join {stage} as s on {same_key} "
+            "where s.n = any (%(numbers)s::bigint[])"
+        ).format(
+            events=sql.Identifier(schema, "sync_events"),
+            table=child.relation.table,
+            record_id=record_id(
+                child.relation,
+                {f: sql.SQL("c.{}").format(child.column(f)) for f in child.relation.key},
+            ),
+            child=child.target,
+            target=self.target,
+            reference=sql.SQL(" and ").join(
+                sql.SQL("c.{} = t.{}").format(child.column(mine), self.column(theirs))
+                for mine, theirs in zip(key.fields, key.parent_fields, strict=True)
+            ),
+            stage=self.stage,
+            same_key=self.same_key(),
+        )
+
+    def missing_parents(
+        self, parent: "TableStatements", key: ForeignKey, *, parent_is_staged: bool
+    ) -> sql.Composed:
+        """Return the key values, as text, of parents that staged rows refer to and the target does not have."""
+        mine = [self.staged(field) for field in key.fields]
+        staged: sql.Composable = sql.SQL("")
+        if parent_is_staged:
+            staged = sql.SQL(" and not exists (select from {} as p where p.present and {})").format(
+                parent.stage,
+                sql.SQL(" and ").join(
+                    sql.SQL("{} = {}").format(parent.staged(theirs, "p"), value)
+                    for theirs, value in zip(key.parent_fields, mine, strict=True)
+                ),
+            )
+        return sql.SQL(
+            "select distinct {texts} from {stage} as s where s.present and {given} "
+            "and not exists (select from {parent} as p where {reference}){staged}"
+        ).format(
+            texts=sql.SQL(", ").join(sql.SQL("({})::text").format(value) for value in mine),
+            stage=self.stage,
+            given=sql.SQL(" and ").join(sql.SQL("{} is not null").format(value) for value in mine),
+            parent=parent.target,
+            reference=sql.SQL(" and ").join(
+                sql.SQL("p.{} = {}").format(parent.column(theirs), value)
+                for theirs, value in zip(key.parent_fields, mine, strict=True)
+            ),
+            staged=staged,
+        )
+
+    @property
+    def gone_ids(self) -> sql.Composed:
+        """Return number and id of the staged records that are gone on the source."""
+        return sql.SQL("select s.n, {} from {} as s where not s.present order by s.n").format(
+            self.record_id(), self.stage
+        )
+
+    @property
+    def ids_of(self) -> sql.Composed:
+        """Return number and id of some staged records."""
+        return sql.SQL(
+            "select s.n, {} from {} as s where s.n = any (%(numbers)s::bigint[])"
+        ).format(self.record_id(), self.stage)
+
+    @property
+    def unstage(self) -> sql.Composed:
+        """Take some records out of the batch."""
+        return sql.SQL("delete from {} where n = any (%(numbers)s::bigint[])").format(self.stage)
+
+    def as_row(self, alias: str) -> sql.Composed:
+        """The fields of `t` (the user's row) or `s` (the staged row), as one jsonb object by field name."""
+        fields = sql.SQL(", ").join(
+            sql.SQL("{} as {}").format(
+                sql.SQL("t.{}").format(self.column(field)) if alias == "t" else self.staged(field),
+                sql.Identifier(field),
+            )
+            for field in self.relation.fields
+        )
+        return sql.SQL("(select pg_catalog.to_jsonb(fields) from (select {}) as fields)").format(
+            fields
+        )

@@ -1,0 +1,158 @@
+"""The loop: lead, pass, wait, pass … until stopped; and the same loop once, until nothing is left to apply."""
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from sync_pipeline import passes
+from sync_pipeline.config import Config
+from sync_pipeline.errors import CatalogMismatch, ConnectionFailed, LockTaken, PassInterrupted
+from sync_pipeline.link import Link, lead
+from sync_pipeline.records import Counts, DirectionReport
+
+SHORTEST_WAIT_SECONDS = 0.002
+STANDBY_SECONDS = 0.5
+FIRST_BACKOFF_SECONDS = 0.2
+LONGEST_BACKOFF_SECONDS = 15.0
+CATALOG_SECONDS = 30.0
+PAUSE_CHECK_SECONDS = 1.0
+SYNC_INTERRUPTIONS = 5
+
+
+@dataclass(slots=True)
+class Totals:
+    """What a run of several passes did."""
+
+    passes: int = 0
+    seconds: float = 0.0
+    paused: bool = False
+    directions: dict[str, Counts] = field(default_factory=dict)
+
+    def add(self, reports: list[DirectionReport]) -> None:
+        """Add one pass; one that found nothing to do does not count."""
+        if not any(report.did_something or report.recovered for report in reports):
+            return
+        self.passes += 1
+        for report in reports:
+            self.directions.setdefault(report.name, Counts()).add(report.total)
+
+
+def _ignore(*_: object) -> None:
+    """Nobody listens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """Who wants to know what the loop does. Every function may be left out."""
+
+    passed: Callable[[list[DirectionReport]], None] = _ignore
+    leading: Callable[[], None] = _ignore
+    standing_by: Callable[[LockTaken], None] = _ignore
+    interrupted: Callable[[Exception, float], None] = _ignore
+
+
+def sync(config: Config, listener: Listener | None = None) -> Totals:
+    """Pass until nothing is pending that can be applied now. Raises `LockTaken` when another worker leads.
+
+    A pass that was interrupted is tried again, up to five times in a row, on new connections.
+    """
+    listener = listener or Listener()
+    totals = _totals(config)
+    started = time.monotonic()
+    interruptions = 0
+    while True:
+        try:
+            with lead(config) as link:
+                if link.is_paused():
+                    totals.paused = True
+                else:
+                    while reports := passes.run(link):
+                        totals.add(reports)
+                        listener.passed(reports)
+                        interruptions = 0
+                break
+        except (PassInterrupted, CatalogMismatch) as error:
+            interruptions += 1
+            # A schema that changed during a pass is read anew once; what is still wrong then stays wrong.
+            if interruptions > (SYNC_INTERRUPTIONS if isinstance(error, PassInterrupted) else 1):
+                raise
+            seconds = _backoff(interruptions)
+            listener.interrupted(error, seconds)
+            time.sleep(seconds)
+    totals.seconds = time.monotonic() - started
+    return totals
+
+
+def stream(
+    config: Config,
+    stop: threading.Event,
+    *,
+    seconds: float | None = None,
+    listener: Listener | None = None,
+) -> Totals:
+    """Pass and wait until `stop` is set or `seconds` are over; stand by while another worker leads.
+
+    Lost connections and transient errors are survived: the loop waits, longer each time, and connects again.
+    """
+    listener = listener or Listener()
+    totals = _totals(config)
+    started = time.monotonic()
+    deadline = started + seconds if seconds is not None else float("inf")
+    interruptions = 0
+    while not stop.is_set() and time.monotonic() < deadline:
+        try:
+            with lead(config) as link:
+                listener.leading()
+                interruptions = 0
+                _follow(link, stop, deadline, totals, listener)
+        except LockTaken as error:
+            listener.standing_by(error)
+            _wait(stop, STANDBY_SECONDS, deadline)
+        except (PassInterrupted, ConnectionFailed, CatalogMismatch) as error:
+            interruptions += 1
+            pause = _backoff(interruptions)
+            listener.interrupted(error, pause)
+            _wait(stop, pause, deadline)
+    totals.seconds = time.monotonic() - started
+    return totals
+
+
+def _follow(
+    link: Link, stop: threading.Event, deadline: float, totals: Totals, listener: Listener
+) -> None:
+    wait = SHORTEST_WAIT_SECONDS
+    catalog_read = pause_checked = time.monotonic()
+    paused = link.is_paused()
+    while not stop.is_set() and (now := time.monotonic()) < deadline:
+        with passes.interruptions():
+            if now - catalog_read > CATALOG_SECONDS:
+                link.read_catalog()
+                catalog_read = now
+            if now - pause_checked > PAUSE_CHECK_SECONDS:
+                paused = link.is_paused()
+                pause_checked = now
+        reports = [] if paused else passes.run(link)
+        if reports:
+            totals.add(reports)
+            listener.passed(reports)
+        if any(report.did_something for report in reports):
+            wait = SHORTEST_WAIT_SECONDS
+        else:
+            _wait(stop, wait, deadline)
+            wait = min(wait * 2, link.config.poll_seconds)
+
+
+def _totals(config: Config) -> Totals:
+    names = [f"{source.name}->{target.name}" for source, target in config.directions]
+    return Totals(directions={name: Counts() for name in names})
+
+
+def _wait(stop: threading.Event, seconds: float, deadline: float) -> None:
+    stop.wait(max(0.0, min(seconds, deadline - time.monotonic())))
+
+
+def _backoff(interruptions: int) -> float:
+    longest = min(FIRST_BACKOFF_SECONDS * 2 ** (interruptions - 1), LONGEST_BACKOFF_SECONDS)
+    return random.uniform(longest / 2, longest)  # noqa: S311 - jitter

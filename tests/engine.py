@@ -1,0 +1,51 @@
+"""Verbs of the engine for tests: install, sync, compare."""
+
+from pathlib import Path
+
+from sync_pipeline import install, stream
+from sync_pipeline.config import Config, load
+from sync_pipeline.database import connected
+from sync_pipeline.stream import Totals
+from tests.helpers import TABLES, Pair
+
+
+def config_of(pair: Pair, path: Path | None = None) -> Config:
+    """The pair's configuration, read as the program reads it."""
+    return load(path or pair.config_path, pair.environment)
+
+
+def installed(pair: Pair, path: Path | None = None) -> Config:
+    """Install the pipeline on both nodes and return the configuration."""
+    config = config_of(pair, path)
+    with (
+        connected(config.first, config, "install") as one,
+        connected(config.second, config, "install") as two,
+    ):
+        install.install(config, {config.first.name: one, config.second.name: two})
+    return config
+
+
+def totals(pair: Pair) -> Totals:
+    """Sync until nothing is pending; return what was done."""
+    return stream.sync(config_of(pair))
+
+
+def sync_pair(pair: Pair) -> None:
+    """Sync until nothing is pending."""
+    totals(pair)
+
+
+def equal(pair: Pair, tables: tuple[str, ...] = TABLES) -> bool:
+    """True when the tables hold the same rows on both nodes; prints what differs."""
+    same = True
+    for table in tables:
+        crm, billing = (
+            set(map(repr, pair.crm.rows(table))),
+            set(map(repr, pair.billing.rows(table))),
+        )
+        if crm != billing:
+            same = False
+            print(
+                f"{table}: only crm {sorted(crm - billing)[:5]}, only billing {sorted(billing - crm)[:5]}"
+            )
+    return same
