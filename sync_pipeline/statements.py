@@ -50,9 +50,16 @@ class TableStatements:
 
     def record_id(self, alias: str = "s") -> sql.Composed:
         """The text of a staged record's key, as `sync_events` has it."""
-        return record_id(
-            self.relation, {field: self.staged(field, alias) for field in self.relation.key}
-        )
+        # Staged as text because a value is not readable in the target's type: then a cast would fail again.
+        keys = {
+            field: sql.Composed([sql.SQL(f"{alias}.c{index}")])
+            if self.textual
+            and self.relation.columns[field].type_name
+            not in {"numeric", "real", "double precision"}
+            else self.staged(field, alias)
+            for index, field in enumerate(self.relation.key)
+        }
+        return record_id(self.relation, keys)
 
     def same_key(self, alias: str = "s") -> sql.Composed:
         """The join of the user's row `t` with its staged row."""

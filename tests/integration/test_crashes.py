@@ -50,7 +50,9 @@ def work(pair: Pair, accounts: range) -> None:
             node.execute("insert into users values (%s, %s, %s)", key, key, f"{key}@x.org")
             node.execute("insert into orders values (%s, %s, 1)", key, key)
         first = accounts[0] + shift
-        node.execute("update users set name = 'changed' where id between %s and %s", first, first + 5)
+        node.execute(
+            "update users set name = 'changed' where id between %s and %s", first, first + 5
+        )
         node.execute("delete from accounts where id = %s", first + 1)
 
 
@@ -80,7 +82,9 @@ def test_a_consumer_killed(pair: Pair, point: str, batch_size: int) -> None:
     pair.crm.execute("insert into users values (14, 13, 'again@x.org')")
     pair.billing.execute("update users set name = 'after the crash' where id = 1012")
     settled(pair)
-    assert pair.crm.rows("select name, revision from users where id = 12") == [("after the crash", 2)]
+    assert pair.crm.rows("select name, revision from users where id = 12") == [
+        ("after the crash", 2)
+    ]
     assert pair.crm.rows("select email from users where id = 14") == [("again@x.org",)]
 
 
