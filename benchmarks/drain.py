@@ -1,0 +1,104 @@
+"""How fast a backlog drains: by us, and by PostgreSQL's logical replication on the same servers in the same run.
+
+Ours: from the first connection until every event is applied and acknowledged. The rival: from the moment its
+subscription is enabled until the subscriber has the last row. Making the backlog is timed for neither. The rival
+applies as a replica: it checks no foreign key.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from benchmarks import figures, rival, workloads
+from benchmarks.arena import Arena, Databases, Report
+from benchmarks.figures import Figure, Options
+from benchmarks.workloads import Workload
+
+
+@dataclass
+class Race:
+    """The samples of one workload."""
+
+    ours: list[float] = field(default_factory=list)
+    rivals: list[float] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
+
+
+def measure(arena: Arena, options: Options) -> list[Figure]:
+    """Race over the three backlogs."""
+    rows = options.of(200_000)
+    entries = [
+        (workloads.single_updates(options.of(50_000), rows), 1.6),
+        (workloads.one_update(rows), 1.5),
+        (workloads.insert_storm(options.of(20_000)), 1.1),
+    ]
+    measured = []
+    for workload, target in entries:
+        figures.progress(f"  {workload.name}")
+        measured += race(arena, options, workload, target)
+    return measured
+
+
+def race(arena: Arena, options: Options, workload: Workload, target: float) -> list[Figure]:
+    """Drain a backlog by both, taking turns at going first."""
+    result = Race()
+    with (
+        arena.link("ours", workload.schema, workload.tables) as ours,
+        arena.databases("theirs", workload.schema) as theirs,
+    ):
+
+        def we(mark: str) -> None:
+            report = drain(ours, workload, mark)
+            result.ours.append(workload.records / report.seconds)
+            result.peaks.append(report.peak_mb)
+
+        def they(mark: str) -> None:
+            with rival.subscribed(theirs, workload.tables) as subscription:
+                make(theirs, workload, mark)
+                seconds = subscription.drain(workload.arrived.format(mark=mark))
+            result.rivals.append(workload.records / seconds)
+            theirs.require_equal(workload.tables)
+
+        for number in range(options.rounds):
+            turns: list[Callable[[str], None]] = [we, they] if number % 2 == 0 else [they, we]
+            for turn in turns:
+                turn(f"round {number}")
+            figures.progress(
+                f"    ours {result.ours[-1]:,.0f}/s, theirs {result.rivals[-1]:,.0f}/s,"
+                f" {result.ours[-1] / result.rivals[-1]:.2f}"
+            )
+        # Once more with the statements timed, which costs a little and is not counted.
+        profiled = drain(ours, workload, "profiled", "--stages")
+    profile = figures.shares(profiled.stages, profiled.seconds)
+    ratios = [mine / rivals for mine, rivals in zip(result.ours, result.rivals, strict=True)]
+    return [
+        Figure(f"{workload.name}: ours", result.ours, "records/s", details={"profile": profile}),
+        Figure(f"{workload.name}: logical replication", result.rivals, "records/s"),
+        Figure(f"{workload.name}: ratio", ratios, at_least=target),
+        Figure(f"{workload.name}: peak memory", result.peaks, "MB", at_most=150),
+    ]
+
+
+def make(databases: Databases, workload: Workload, mark: str) -> None:
+    """Make a backlog on the source."""
+    for session in databases.sessions:
+        if workload.reset:
+            for statement in workload.reset.split("; "):
+                session.execute(statement.encode())
+        for table in workload.tables:
+            session.execute(f"vacuum analyze {table}".encode())
+    # The backlog's own commits need not reach the disk one by one; the checkpoint brings them there.
+    databases.source.execute("set synchronous_commit = off")
+    databases.source.execute(workload.backlog.format(mark=mark).encode())
+    databases.settle()
+
+
+def drain(databases: Databases, workload: Workload, mark: str, *arguments: str) -> Report:
+    """Make a backlog and drain it by us."""
+    make(databases, workload, mark)
+    report = databases.sync(*arguments)
+    databases.require_equal(workload.tables)
+    return report
+
+
+if __name__ == "__main__":
+    figures.main(measure, description=__doc__)
