@@ -21,6 +21,12 @@ _PLAIN_TYPES = {
     "smallint", "integer", "bigint", "uuid", "text", "character varying", "bpchar", '"char"', "name",
     "boolean", "numeric", "oid", "inet", "cidr", "macaddr", "macaddr8", '"bit"', "bit varying",
 }  # fmt: skip
+# Values of these types that are equal are the same to the byte, apart from what a collation says.
+SAME_WHEN_EQUAL = _PLAIN_TYPES - {"numeric", "bpchar"} | {
+    "date", "timestamp without time zone", "timestamp with time zone", "time without time zone",
+    "time with time zone", "bytea", "money", "pg_lsn", "xid8",
+}  # fmt: skip
+_COMPARABLE_TYPES = _PLAIN_TYPES | SAME_WHEN_EQUAL | {"real", "double precision", "interval"}
 _TEXT_SETTINGS = sql.SQL(
     "\nset datestyle = 'ISO, YMD'\nset timezone = 'UTC'\nset intervalstyle = 'postgres'"
     "\nset bytea_output = 'hex'\nset extra_float_digits = 1\nset lc_monetary = 'C'"
@@ -114,6 +120,16 @@ def compose(relation: Relation, schema: str) -> Capture:
         parts = {field: sql.SQL(rows + ".{}").format(aliases[field]) for field in relation.key}
         return record_id(relation, parts)
 
+    def same(field: str) -> sql.Composed:
+        new, old = (
+            sql.SQL(rows + ".{}").format(aliases[field]) for rows in ("new_rows", "old_rows")
+        )
+        type_name = relation.columns[field].type_name
+        if type_name not in _COMPARABLE_TYPES:
+            # The operator of an extension's type is not on the pinned search_path.
+            new, old = _text(type_name, new), _text(type_name, old)
+        return sql.SQL("{} = {}").format(new, old)
+
     body = _BODY.format(
         applying=APPLYING,
         schema_name=schema,
@@ -125,10 +141,7 @@ def compose(relation: Relation, schema: str) -> Capture:
         new_columns=named(columns),
         old_columns=named(columns),
         key_columns=named(relation.key),
-        same_key=sql.SQL(" and ").join(
-            sql.SQL("new_rows.{} = old_rows.{}").format(aliases[field], aliases[field])
-            for field in relation.key
-        ),
+        same_key=sql.SQL(" and ").join(map(same, relation.key)),
         new_values=values("new_rows"),
         old_values=values("old_rows"),
     ).as_string(None)

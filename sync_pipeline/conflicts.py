@@ -15,9 +15,16 @@ from psycopg.rows import class_row
 from sync_pipeline import queries
 from sync_pipeline.applier import Applier
 from sync_pipeline.config import Config
-from sync_pipeline.database import query, scalar
+from sync_pipeline.database import Connection, query, scalar
 from sync_pipeline.outbox import Change
+from sync_pipeline.records import Failure
 from sync_pipeline.statements import TableStatements
+
+# Not the key: a composite value of nulls `is null`.
+_FOUND = sql.SQL("(t.tableoid is not null)")
+
+# The error class of a held record in `sync_failures`; SQLSTATEs have five characters.
+HELD = "HELD"
 
 Kind = Literal["insert_insert", "update_update", "update_delete", "parent_deleted"]
 
@@ -100,13 +107,18 @@ def decide(
     return decisions
 
 
-def settle(applier: Applier, config: Config, source: str, decisions: list[Decision]) -> None:
+def settle(
+    applier: Applier, config: Config, source: str, target: str, decisions: list[Decision]
+) -> list[Failure]:
     """Log the decisions with both rows and carry them out in the transaction that decides.
 
     Where the source wins, the target's events of the record go and the staged row is applied; where the target wins,
-    the record leaves the batch and the target's own event brings its row over.
+    the record leaves the batch and the target's own event brings its row over. A held record leaves the batch and
+    stays dirty on both nodes; it is returned as a failure for the source to keep.
     """
     schema = config.schema_name
+    connection = applier.connection
+    held: list[Failure] = []
     for table in dict.fromkeys(decision.dirty.table for decision in decisions):
         mine = [decision for decision in decisions if decision.dirty.table == table]
         logged = [decision for decision in mine if not decision.equal]
@@ -114,7 +126,6 @@ def settle(applier: Applier, config: Config, source: str, decisions: list[Decisi
             log(applier, schema, table, logged)
         cleared = [d.dirty for d in mine if d.equal or d.winner == source]
         if cleared:
-            connection = applier.connection
             connection.execute(
                 query(queries.get("delete_events", schema)),
                 {"ids": [event for item in cleared for event in item.event_ids]},
@@ -123,9 +134,31 @@ def settle(applier: Applier, config: Config, source: str, decisions: list[Decisi
                 query(queries.get("delete_failures", schema)),
                 {"table_name": table, "record_ids": [item.record_id for item in cleared]},
             )
+        undecided = [d.dirty for d in mine if not d.equal and d.winner is None]
+        if undecided:
+            connection.execute(
+                query(queries.get("hold_records", schema)),
+                {
+                    "ids": [event for item in undecided for event in item.event_ids],
+                    "table_name": table,
+                    "error_class": HELD,
+                    "error": f"changed on both nodes; see sync_conflicts on {target}",
+                },
+            )
+            held += [
+                Failure(
+                    table,
+                    item.record_id,
+                    HELD,
+                    f"changed on both nodes; see sync_conflicts on {target}",
+                    held=True,
+                )
+                for item in undecided
+            ]
         lost = [d.dirty.number for d in mine if d.equal or d.winner != source]
         if lost:
             applier.unstage(lost, table)
+    return held
 
 
 def log(applier: Applier, schema: str, table: str, decisions: list[Decision]) -> None:
@@ -139,12 +172,16 @@ def log(applier: Applier, schema: str, table: str, decisions: list[Decision]) ->
             "case when decided.winner is not null then pg_catalog.clock_timestamp() end "
             "from unnest(%(numbers)s::bigint[], %(kinds)s::text[], %(winners)s::text[]) "
             "as decided (n, kind, winner) "
-            "join {stage} as s on s.n = decided.n left join {target} as t on {same_key} order by s.n"
+            "join {stage} as s on s.n = decided.n left join {target} as t on {same_key} "
+            # A held record that changes again is the same conflict.
+            "where decided.winner is not null or not exists (select from {conflicts} as open "
+            "where open.table_name = {table} and open.record_id = {record_id} and open.resolved_at is null) "
+            "order by s.n"
         ).format(
             conflicts=sql.Identifier(schema, "sync_conflicts"),
             table=table,
             record_id=statements.record_id(),
-            found=_found(statements),
+            found=_FOUND,
             local_row=statements.as_row("t"),
             remote_row=statements.as_row("s"),
             stage=statements.stage,
@@ -219,7 +256,7 @@ def _compare(statements: TableStatements) -> sql.Composed:
         "s.present = {found} and not (s.present and {differs}) as equal "
         "from {stage} as s left join {target} as t on {same_key} where s.n = any (%(numbers)s::bigint[])"
     ).format(
-        found=_found(statements),
+        found=_FOUND,
         differs=statements.differs,
         stage=statements.stage,
         target=statements.target,
@@ -227,8 +264,11 @@ def _compare(statements: TableStatements) -> sql.Composed:
     )
 
 
-def _found(statements: TableStatements) -> sql.Composed:
-    return sql.SQL("(t.{} is not null)").format(statements.column(statements.relation.key[0]))
+def prune(connection: Connection, schema: str, retention_days: int) -> int:
+    """Delete settled conflicts older than the retention, at most 10,000 at a time; return how many."""
+    return connection.execute(
+        query(queries.get("prune_conflicts", schema)), {"days": retention_days}
+    ).rowcount
 
 
 def changes_by_record(*sources: Mapping[str, Change]) -> dict[str, Change]:

@@ -28,6 +28,7 @@ _SESSION = {
     "lc_monetary": "C",
     "xmloption": "content",
     "standard_conforming_strings": "on",
+    "array_nulls": "on",
     "default_transaction_isolation": "read committed",
     "default_transaction_deferrable": "off",
     # A policy that hides rows would look like deletes: fail instead.

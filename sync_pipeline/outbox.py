@@ -243,18 +243,16 @@ class Snapshot:
                 part.table,
                 list(part.event_types),
             )
-        first_key = sql.SQL("t.{}").format(sql.Identifier(key_columns[0].name))
         return sql.SQL(
             """copy (
-    select {first} + row_number() over (order by {keys}) - 1, {first_key} is not null, {columns}
+    select {first} + row_number() over (order by {keys}) - 1, t.tableoid is not null, {columns}
     from (select distinct {casts} from {changed}) as changed
     left join {relation} as t on {same_key}
-    where {first_key} is null or ({condition})
+    where t.tableoid is null or ({condition})
 ) to stdout"""
         ).format(
             first=first_number,
             keys=sql.SQL(", ").join(sql.SQL("changed.{}").format(key) for key in keys),
-            first_key=first_key,
             columns=_columns(relation, "t", keys),
             casts=sql.SQL(", ").join(
                 sql.SQL("{} as {}").format(cast, key) for cast, key in zip(casts, keys, strict=True)
@@ -320,6 +318,7 @@ def acknowledge(
                     record_ids=[failure.record_id for failure in failing],
                     error_classes=[failure.error_class for failure in failing],
                     errors=[failure.error for failure in failing],
+                    held=[failure.held for failure in failing],
                     max_attempts=retry.max_attempts,
                     base_seconds=retry.base_seconds,
                     max_seconds=retry.max_seconds,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from sync_pipeline.capture import record_id
+from sync_pipeline.capture import SAME_WHEN_EQUAL, record_id
 from sync_pipeline.records import ForeignKey, Relation
 
 
@@ -35,18 +35,13 @@ class TableStatements:
         return sql.Identifier(self.relation.columns[field].name)
 
     def staged(self, field: str, alias: str = "s") -> sql.Composed:
-        """A field's staged value, in the type of the user's column."""
-        index = self.relation.fields.index(field)
-        column = self.relation.columns[field]
-        value = sql.SQL(f"{alias}.c{index}")
-        if column.domain is not None:
-            base = sql.SQL("::" + column.type_name) if self.textual else sql.SQL("")
-            return sql.SQL("{}{}::" + column.domain).format(value, base)
-        return (
-            sql.SQL("{}::" + column.type_name).format(value)
-            if self.textual
-            else sql.Composed([value])
-        )
+        """A field's staged value, in the base type of the user's column.
+
+        A cast to a domain would cut a value that is too long; the assignment to the column refuses it.
+        """
+        value = sql.SQL(f"{alias}.c{self.relation.fields.index(field)}")
+        cast = "::" + self.relation.columns[field].type_name if self.textual else ""
+        return sql.SQL("{}" + cast).format(value)
 
     def record_id(self, alias: str = "s") -> sql.Composed:
         """The text of a staged record's key, as `sync_events` has it."""
@@ -85,15 +80,32 @@ class TableStatements:
         return sql.SQL("copy {} from stdin").format(self.stage)
 
     @property
+    def compared(self) -> list[str]:
+        """The fields in which two rows of one key can differ: a key of `1.0` and one of `1.00` are equal."""
+        columns = self.relation.columns
+        return [
+            field
+            for field in self.relation.fields
+            if field not in self.relation.key
+            or columns[field].type_name not in SAME_WHEN_EQUAL
+            or not columns[field].collation_is_deterministic
+        ]
+
+    @property
     def differs(self) -> sql.Composed:
         """True when the user's row `t` is not, to the byte, the staged row `s`."""
-        fields = [field for field in self.relation.fields if field not in self.relation.key]
+        fields = self.compared
         if not fields:
             return sql.SQL("false").format()
         return sql.SQL("row({})::record operator(pg_catalog.*<>) row({})::record").format(
-            sql.SQL(", ").join(sql.SQL("t.{}").format(self.column(field)) for field in fields),
+            sql.SQL(", ").join(self._own(field) for field in fields),
             sql.SQL(", ").join(self.staged(field) for field in fields),
         )
+
+    def _own(self, field: str) -> sql.Composed:
+        column = self.relation.columns[field]
+        base = "" if column.domain is None else "::" + column.type_name
+        return sql.SQL("t.{}" + base).format(self.column(field))
 
     def upsert(self, number: int) -> tuple[list[sql.Composed], sql.Composed]:
         """Compose the parts of a WITH that write the present records, and the count of what they wrote.
@@ -101,11 +113,7 @@ class TableStatements:
         Existing rows are updated where they differ, then missing ones inserted; the insert is skipped when the
         update already met every record. A row inserted meanwhile by an application is updated.
         """
-        payload = [
-            field
-            for field in self.relation.fields
-            if field not in self.relation.key and self.relation.columns[field].identity != "a"
-        ]
+        payload = [f for f in self.compared if self.relation.columns[f].identity != "a"]
         parts = []
         updated = sql.SQL(f"updated_{number}")
         inserted = sql.SQL(f"inserted_{number}")
