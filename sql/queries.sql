@@ -185,20 +185,10 @@ select pg_catalog.clock_timestamp()
 
 -- name: read_batch_bounds
 -- The ids of the next events of a table, as ranges, with their greatest id and number.
-select
-    pg_catalog.range_agg(pg_catalog.int8range(id, id, '[]'))::text as ids,
-    max(id) as last_id,
-    count(*) as events
-from (
-    select id
-    from {schema}.sync_events
-    where id > %(after_id)s
-        and id <= %(last_id)s
-        and table_name = %(table_name)s
-        and event_type = any (%(event_types)s::text[])
-    order by id
-    limit %(batch_size)s
-) as next_events
+select ids::text, last_id, events
+from {schema}.next_events(
+    %(table_name)s, %(event_types)s::text[], %(after_id)s, %(last_id)s, %(batch_size)s
+)
 
 -- name: read_changes
 -- For some records of a batch: when they last changed here, whether they were inserted, and their events' ids.
@@ -327,9 +317,9 @@ where failure.table_name = %(table_name)s
 -- name: record_failures
 -- Move failing records from the events to the failures; the wait doubles from attempt to attempt, with jitter.
 with failing as (
-    select record_id, error_class, error
-    from unnest(%(record_ids)s::text[], %(error_classes)s::text[], %(errors)s::text[])
-        as given (record_id, error_class, error)
+    select record_id, error_class, error, held
+    from unnest(%(record_ids)s::text[], %(error_classes)s::text[], %(errors)s::text[], %(held)s::boolean[])
+        as given (record_id, error_class, error, held)
 ),
 moved as (
     delete from {schema}.sync_events as event
@@ -345,9 +335,9 @@ insert into {schema}.sync_failures as failure
 select
     %(table_name)s,
     failing.record_id,
-    case when %(max_attempts)s::integer <= 1 then 'dead' else 'retrying' end,
+    case when failing.held then 'held' when %(max_attempts)s::integer <= 1 then 'dead' else 'retrying' end,
     1,
-    case when %(max_attempts)s::integer > 1
+    case when not failing.held and %(max_attempts)s::integer > 1
         then pg_catalog.clock_timestamp()
             + pg_catalog.make_interval(secs => %(base_seconds)s * (0.75 + pg_catalog.random() / 2))
     end,
@@ -359,9 +349,13 @@ select
         pg_catalog.clock_timestamp())
 from failing
 on conflict (table_name, record_id) do update
-set attempts = failure.attempts + 1,
-    state = case when failure.attempts + 1 >= %(max_attempts)s::integer then 'dead' else 'retrying' end,
-    next_attempt_at = case when failure.attempts + 1 < %(max_attempts)s::integer
+set attempts = failure.attempts + case when excluded.state = 'held' then 0 else 1 end,
+    state = case
+        when excluded.state = 'held' then 'held'
+        when failure.attempts + 1 >= %(max_attempts)s::integer then 'dead'
+        else 'retrying'
+    end,
+    next_attempt_at = case when excluded.state <> 'held' and failure.attempts + 1 < %(max_attempts)s::integer
         then pg_catalog.clock_timestamp() + pg_catalog.make_interval(secs => least(
             %(base_seconds)s * 2.0 ^ least(failure.attempts, 30), %(max_seconds)s
         ) * (0.75 + pg_catalog.random() / 2))
@@ -416,6 +410,50 @@ where id = any (%(ids)s::bigint[])
 -- Forget the failures of some records of a table.
 delete from {schema}.sync_failures
 where table_name = %(table_name)s and record_id = any (%(record_ids)s::text[])
+
+-- name: hold_records
+-- Move the target's own events of held records to its failures: both nodes keep their row until an operator decides.
+with moved as (
+    delete from {schema}.sync_events
+    where id = any (%(ids)s::bigint[])
+    returning record_id, event_type, created_at
+)
+insert into {schema}.sync_failures as failure
+    (table_name, record_id, state, next_attempt_at, error_class, error, event_type, changed_at)
+select
+    %(table_name)s, record_id, 'held', null, %(error_class)s, %(error)s,
+    case when bool_or(event_type = 'insert') then 'insert' else max(event_type) end, max(created_at)
+from moved
+group by record_id
+on conflict (table_name, record_id) do update
+set state = 'held',
+    next_attempt_at = null,
+    error_class = excluded.error_class,
+    error = excluded.error,
+    changed_at = greatest(failure.changed_at, excluded.changed_at),
+    last_failed_at = pg_catalog.clock_timestamp()
+
+-- name: read_conflict
+-- One conflict by its number.
+select id, detected_at, table_name, record_id, kind, winner, local_row, remote_row, resolved_at
+from {schema}.sync_conflicts
+where id = %(id)s
+
+-- name: resolve_conflicts
+-- Note an operator's decision on a conflict, and on what is still open for the same record.
+update {schema}.sync_conflicts
+set winner = %(winner)s, resolved_at = pg_catalog.clock_timestamp()
+where id = %(id)s
+    or (table_name = %(table_name)s and record_id = %(record_id)s and resolved_at is null)
+
+-- name: release_record
+-- Forget what waits for a record here: its events and its failure.
+with events as (
+    delete from {schema}.sync_events
+    where table_name = %(table_name)s and record_id = %(record_id)s
+)
+delete from {schema}.sync_failures
+where table_name = %(table_name)s and record_id = %(record_id)s
 
 -- name: mark_records
 -- Mark records as changed, by their ids.
@@ -496,3 +534,213 @@ set paused_at = coalesce(paused_at, pg_catalog.clock_timestamp())
 -- Let consumption go on.
 update {schema}.sync_node
 set paused_at = null
+
+-- name: read_valid_keys
+-- Those of some record_ids that are keys of these types: one value, or a JSON array of several.
+select record_id
+from unnest(%(record_ids)s::text[]) as given (record_id)
+where case
+    when pg_catalog.array_length(%(types)s::text[], 1) = 1
+        then {schema}.is_value(record_id, (%(types)s::text[])[1])
+    when not {schema}.is_value(record_id, 'jsonb') then false
+    when pg_catalog.jsonb_typeof(record_id::jsonb) <> 'array' then false
+    when pg_catalog.jsonb_array_length(record_id::jsonb)
+        <> pg_catalog.array_length(%(types)s::text[], 1) then false
+    else not exists (
+        select
+        from unnest(%(types)s::text[]) with ordinality as part (type_name, position)
+        where (record_id::jsonb ->> (part.position::integer - 1)) is null
+            or not {schema}.is_value(record_id::jsonb ->> (part.position::integer - 1), part.type_name)
+    )
+end
+
+-- name: count_pending
+-- How many events wait, of one table or of all.
+select count(*)
+from {schema}.sync_events
+where %(table_name)s::text is null or table_name = %(table_name)s
+
+-- name: examine_server
+-- What doctor asks of a server and its database, in one row.
+select
+    pg_catalog.current_setting('server_version_num')::integer / 10000 as version,
+    pg_catalog.pg_is_in_recovery() as standby,
+    pg_catalog.current_setting('default_transaction_read_only')::boolean as read_only,
+    pg_catalog.current_setting('server_encoding') as encoding,
+    pg_catalog.current_setting('autovacuum')::boolean
+        and pg_catalog.current_setting('track_counts')::boolean as autovacuum,
+    pg_catalog.current_setting('session_replication_role') as replication_role,
+    pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create') as may_create_schema,
+    current_user::text as role,
+    pg_catalog.to_regclass('{schema}.sync_migrations') is not null as installed,
+    (select system_identifier::text from pg_catalog.pg_control_system()) as system_identifier,
+    (
+        select oid::bigint from pg_catalog.pg_database where datname = pg_catalog.current_database()
+    ) as database_oid
+
+-- name: examine_own_tables
+-- The pipeline's own tables: whether this role may write them, and the settings of each.
+select
+    class.relname as name,
+    pg_catalog.has_table_privilege(class.oid, 'select')
+        and pg_catalog.has_table_privilege(class.oid, 'insert')
+        and pg_catalog.has_table_privilege(class.oid, 'update')
+        and pg_catalog.has_table_privilege(class.oid, 'delete')
+        and pg_catalog.has_schema_privilege(class.relnamespace, 'usage') as writable,
+    coalesce(class.reloptions, '{}') as options
+from pg_catalog.pg_class as class
+where class.relnamespace = '{schema}'::regnamespace and class.relkind = 'r'
+order by class.relname
+
+-- name: examine_tables
+-- For each synced table: this role's rights, and what of the table cannot be seen in `read_catalog`.
+select
+    class.oid::bigint as oid,
+    pg_catalog.pg_has_role(class.relowner, 'usage') as owned,
+    pg_catalog.has_schema_privilege(class.relnamespace, 'usage')
+        and pg_catalog.has_table_privilege(class.oid, 'select') as readable,
+    pg_catalog.has_table_privilege(class.oid, 'insert')
+        and pg_catalog.has_table_privilege(class.oid, 'update')
+        and pg_catalog.has_table_privilege(class.oid, 'delete') as writable,
+    class.relpersistence = 'u' as unlogged,
+    class.relkind = 'r' and class.relhassubclass as inherited,
+    array(
+        select attribute.attname::text
+        from pg_catalog.pg_attribute as attribute
+        where attribute.attrelid = class.oid and attribute.attnum > 0 and not attribute.attisdropped
+            and attribute.attnotnull and not attribute.atthasdef and attribute.attidentity = ''
+        order by attribute.attnum
+    ) as required_columns,
+    array(
+        select attribute.attname::text
+        from pg_catalog.pg_attribute as attribute
+        where attribute.attrelid = class.oid and attribute.attnum > 0 and not attribute.attisdropped
+            and attribute.attgenerated <> ''
+        order by attribute.attnum
+    ) as generated_columns,
+    array(
+        select distinct trigger.tgname::text
+        from pg_catalog.pg_trigger as trigger
+        join pg_catalog.pg_proc as function on function.oid = trigger.tgfoid
+        where (
+                trigger.tgrelid = class.oid
+                or trigger.tgrelid in (select relid from pg_catalog.pg_partition_tree(class.oid))
+            )
+            and not trigger.tgisinternal
+            and trigger.tgenabled in ('O', 'A')
+            -- Row-level and BEFORE, on INSERT or UPDATE.
+            and trigger.tgtype & 3 = 3
+            and trigger.tgtype & 20 <> 0
+            and function.pronamespace <> coalesce(pg_catalog.to_regnamespace('{schema}')::oid, 0)
+        order by 1
+    ) as rewriting_triggers,
+    array(
+        select rule.rulename::text from pg_catalog.pg_rewrite as rule
+        where rule.ev_class = class.oid and rule.ev_enabled <> 'D'
+        order by 1
+    ) as rules,
+    array(
+        select constrained.conname::text from pg_catalog.pg_constraint as constrained
+        where constrained.conrelid = class.oid and constrained.condeferrable and constrained.contype in ('u', 'x')
+        order by 1
+    ) as deferrable_uniques
+from pg_catalog.pg_class as class
+where class.oid = any (%(oids)s::oid[])
+
+-- name: examine_enums
+-- The labels of every column of some tables whose type is an enum, a domain over one or an array of one.
+select
+    attribute.attrelid::bigint as oid,
+    attribute.attname as column_name,
+    array(
+        select label.enumlabel::text from pg_catalog.pg_enum as label
+        where label.enumtypid = enum.oid
+        order by label.enumsortorder
+    ) as labels
+from pg_catalog.pg_attribute as attribute
+join pg_catalog.pg_type as type on type.oid = attribute.atttypid
+left join pg_catalog.pg_type as base on type.typtype = 'd' and base.oid = type.typbasetype
+join pg_catalog.pg_type as enum
+    on enum.typtype = 'e' and enum.oid in (type.oid, type.typelem, base.oid, base.typelem)
+where attribute.attrelid = any (%(oids)s::oid[]) and attribute.attnum > 0 and not attribute.attisdropped
+
+-- name: examine_foreign_keys
+-- Foreign keys with a synced table at one end only.
+with synced as (
+    select oid, oid as root from unnest(%(oids)s::oid[]) as given (oid)
+    union
+    select tree.relid::oid, given.oid
+    from unnest(%(oids)s::oid[]) as given (oid)
+    cross join pg_catalog.pg_partition_tree(given.oid) as tree
+)
+select
+    reference.conname as name,
+    reference.confdeltype::text as on_delete,
+    child.root::bigint as child_oid,
+    parent.root::bigint as parent_oid,
+    reference.conrelid::regclass::text as child,
+    reference.confrelid::regclass::text as parent
+from pg_catalog.pg_constraint as reference
+left join synced as child on child.oid = reference.conrelid
+left join synced as parent on parent.oid = reference.confrelid
+where reference.contype = 'f'
+    and reference.conparentid = 0
+    and (child.oid is null) <> (parent.oid is null)
+order by reference.conname
+
+-- name: read_sequences
+-- The sequences that give columns of some tables their values: owned, of an identity, or named in a default.
+with used as (
+    select refobjid as relation, refobjsubid as attnum, objid as sequence
+    from pg_catalog.pg_depend
+    where classid = 'pg_catalog.pg_class'::regclass
+        and refclassid = 'pg_catalog.pg_class'::regclass
+        and deptype in ('a', 'i')
+        and refobjid = any (%(oids)s::oid[])
+    union
+    select attrdef.adrelid, attrdef.adnum, depend.refobjid
+    from pg_catalog.pg_attrdef as attrdef
+    join pg_catalog.pg_depend as depend
+        on depend.classid = 'pg_catalog.pg_attrdef'::regclass
+        and depend.objid = attrdef.oid
+        and depend.refclassid = 'pg_catalog.pg_class'::regclass
+    where attrdef.adrelid = any (%(oids)s::oid[])
+)
+select
+    used.relation::bigint as oid,
+    attribute.attname as column_name,
+    namespace.nspname as schema_name,
+    class.relname as sequence_name,
+    sequence.seqincrement as increment,
+    sequence.seqmin as least,
+    sequence.seqmax as greatest,
+    pg_catalog.has_sequence_privilege(class.oid, 'select') as readable
+from used
+join pg_catalog.pg_sequence as sequence on sequence.seqrelid = used.sequence
+join pg_catalog.pg_class as class on class.oid = used.sequence
+join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnamespace
+join pg_catalog.pg_attribute as attribute
+    on attribute.attrelid = used.relation and attribute.attnum = used.attnum
+order by used.relation, attribute.attnum
+
+-- name: examine_vacuum
+-- Who keeps vacuum from removing acknowledged events: what it is, how it is called, since how many seconds.
+select 'session' as kind, activity.pid::text as name,
+    coalesce(nullif(activity.application_name, ''), activity.usename::text, 'unknown') as owner,
+    extract(epoch from pg_catalog.clock_timestamp() - activity.xact_start)::double precision as seconds
+from pg_catalog.pg_stat_activity as activity
+where (activity.backend_xmin is not null or activity.backend_xid is not null)
+    and activity.xact_start < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => %(seconds)s)
+    and activity.pid <> pg_catalog.pg_backend_pid()
+    and activity.backend_type = 'client backend'
+    and activity.datname = pg_catalog.current_database()
+union all
+select 'prepared transaction', prepared.gid, prepared.owner::text,
+    extract(epoch from pg_catalog.clock_timestamp() - prepared.prepared)::double precision
+from pg_catalog.pg_prepared_xacts as prepared
+where prepared.prepared < pg_catalog.clock_timestamp() - pg_catalog.make_interval(secs => %(seconds)s)
+    and prepared.database = pg_catalog.current_database()
+union all
+select 'replication slot', slot.slot_name::text, slot.slot_type, null
+from pg_catalog.pg_replication_slots as slot
+where slot.xmin is not null and (not slot.active or pg_catalog.age(slot.xmin) > %(transactions)s)

@@ -278,7 +278,9 @@ class Batch:
             else d
             for d in decisions
         ]
-        conflicts.settle(self.applier, self.config, self.source, decisions)
+        self._failures += conflicts.settle(
+            self.applier, self.config, self.source, self.target, decisions
+        )
         for decision in decisions:
             if not decision.equal:
                 table = decision.dirty.table

@@ -32,7 +32,7 @@ from sync_pipeline.errors import ConfigurationError, Problem
 
 DEFAULT_PATH = "sync.yaml"
 PATH_VARIABLE = "SYNC_CONFIG"
-POLICIES = ("last_update_wins", "hold", "merge")
+POLICIES = ("last_update_wins", "hold")
 TABLE_OPTIONS = ("name", "key", "exclude", "source", "conflict", "where")
 IDENTIFIER_BYTES = 63
 DOCUMENT_VALUES = 100_000  # Aliases of aliases make a small file explode; no real one comes near.
@@ -304,7 +304,7 @@ class TableConfig(_Model):
 
     @property
     def policy(self) -> str:
-        """`last_update_wins`, `hold`, `merge`, or the name of the node that wins."""
+        """`last_update_wins`, `hold`, or the name of the node that wins."""
         return self.conflict if self.conflict is not None else POLICIES[0]
 
     def relation(self, node: str) -> Relation:

@@ -185,6 +185,18 @@ def _schema_unit(config: Config, node: str, connection: Connection) -> Iterator[
             )
     if version is None:
         peer = config.other(node).name
+        # Conflict numbers are odd on the first node and even on the second: one number names one conflict.
+        start = 1 if node == config.first.name else 2
+        steps.append(
+            Step(
+                node,
+                sql.SQL(
+                    "alter table {} alter column id set start with {} set increment by 2 restart"
+                )
+                .format(sql.Identifier(schema, "sync_conflicts"), start)
+                .as_string(None),
+            )
+        )
         steps.append(
             Step(
                 node,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import psycopg
 
-from sync_pipeline import catalog, install, locks
+from sync_pipeline import catalog, conflicts, install, locks
 from sync_pipeline.applier import Applier
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, connect, query, scalar
@@ -57,6 +57,13 @@ class Link:
         self._appliers = {}
         for side in self.sides.values():
             side.writer.execute("discard temp")
+
+    def prune_conflicts(self) -> None:
+        """Delete settled conflicts that are older than the retention."""
+        for side in self.sides.values():
+            conflicts.prune(
+                side.writer, self.config.schema_name, self.config.conflict_retention_days
+            )
 
     def is_paused(self) -> bool:
         """True when an operator paused consumption on either node."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +96,13 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A record that the target refused, with the refusal."""
+    """A record that the target refused, with the refusal; `held` when a conflict waits for an operator."""
 
     table_name: str
     record_id: str
     error_class: str
     error: str
+    held: bool = False
 
 
 @dataclass(slots=True)
@@ -138,3 +140,15 @@ class DirectionReport:
     def did_something(self) -> bool:
         """True when events were consumed or records looked at."""
         return self.events > 0 or self.total.total > 0 or self.set_aside > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What an examination found: `error` keeps records from being synced, `warning` may, `info` is worth knowing."""
+
+    level: Literal["error", "warning", "info"]
+    check: str
+    node: str | None
+    table: str | None
+    message: str
+    remedy: str

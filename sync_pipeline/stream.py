@@ -18,6 +18,7 @@ FIRST_BACKOFF_SECONDS = 0.2
 LONGEST_BACKOFF_SECONDS = 15.0
 CATALOG_SECONDS = 30.0
 PAUSE_CHECK_SECONDS = 1.0
+PRUNE_SECONDS = 3600.0
 SYNC_INTERRUPTIONS = 5
 
 
@@ -72,6 +73,7 @@ def sync(config: Config, listener: Listener | None = None) -> Totals:
                         totals.add(reports)
                         listener.passed(reports)
                         interruptions = 0
+                    link.prune_conflicts()
                 break
         except (PassInterrupted, CatalogMismatch) as error:
             interruptions += 1
@@ -124,9 +126,13 @@ def _follow(
 ) -> None:
     wait = SHORTEST_WAIT_SECONDS
     catalog_read = pause_checked = time.monotonic()
+    pruned = float("-inf")
     paused = link.is_paused()
     while not stop.is_set() and (now := time.monotonic()) < deadline:
         with passes.interruptions():
+            if now - pruned > PRUNE_SECONDS:
+                link.prune_conflicts()
+                pruned = now
             if now - catalog_read > CATALOG_SECONDS:
                 link.read_catalog()
                 catalog_read = now

@@ -21,7 +21,7 @@ create table {schema}.sync_failures (
     table_name text not null,
     record_id text not null,
     state text not null default 'retrying'
-        constraint sync_failures_state_known check (state in ('retrying', 'dead')),
+        constraint sync_failures_state_known check (state in ('retrying', 'dead', 'held')),
     attempts integer not null default 1,
     next_attempt_at timestamptz,
     error_class text not null,
@@ -101,6 +101,28 @@ cross join (
     from {schema}.sync_conflicts
 ) as conflicts;
 
+-- The ids of the next events of a table, as ranges, with their greatest id and number. The statistics of a queue are
+-- always out of date; the settings keep the planner on the primary key, whatever it believes of the table's size.
+create function {schema}.next_events(
+    wanted_table text, event_types text[], after_id bigint, up_to_id bigint, batch_size integer,
+    out ids int8multirange, out last_id bigint, out events bigint
+)
+language sql stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_sort = off
+as $$
+    select range_agg(int8range(id, id, '[]')), max(id), count(*)
+    from (
+        select id
+        from {schema}.sync_events
+        where id > after_id and id <= up_to_id and table_name = wanted_table and event_type = any (event_types)
+        order by id
+        limit batch_size
+    ) as next_events
+$$;
+
 -- True when a text is a value of a type. Used to set aside events whose key is no key.
 create function {schema}.is_value(value text, type_name text) returns boolean
 language plpgsql
@@ -114,3 +136,4 @@ exception when others then
 end
 $$;
 revoke all on function {schema}.is_value(text, text) from public;
+revoke all on function {schema}.next_events(text, text[], bigint, bigint, integer) from public;

@@ -160,8 +160,8 @@ def test_the_example_says_the_defaults() -> None:
 
 
 def test_a_policy_for_all_tables_gives_way_to_the_policy_of_one() -> None:
-    config = read(NODES + "conflict: billing\ntables: [users, {name: a, conflict: merge}]")
-    assert [table.policy for table in config.tables] == ["billing", "merge"]
+    config = read(NODES + "conflict: billing\ntables: [users, {name: a, conflict: hold}]")
+    assert [table.policy for table in config.tables] == ["billing", "hold"]
 
 
 @pytest.mark.parametrize("name", ["no", "on", "y", "true", "2024", "007", "2024-01-01", "1:30"])
@@ -267,7 +267,7 @@ def test_a_problem_names_file_line_place_and_remedy_in_one_line() -> None:
         parse(text, ENVIRON, file="/etc/sync.yaml")
     assert str(caught.value) == (
         "/etc/sync.yaml:5: tables[1].conflict: unknown policy `latest`; "
-        "expected one of last_update_wins, hold, merge, crm, billing"
+        "expected one of last_update_wins, hold, crm, billing"
     )
     assert caught.value.file == "/etc/sync.yaml"
     assert caught.value.place == "tables[1].conflict"

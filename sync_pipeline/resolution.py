@@ -1,0 +1,128 @@
+"""An operator's decision on a conflict: settles a held one, or undoes an automatic one. Both are ordinary changes."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from sync_pipeline import catalog, queries
+from sync_pipeline.config import Config
+from sync_pipeline.database import Connection, query
+from sync_pipeline.errors import SyncPipelineError
+from sync_pipeline.records import Relation
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What was done: on which node the record was marked or rewritten, so that the next pass carries it over."""
+
+    conflict_id: int
+    table_name: str
+    record_id: str
+    winner: str
+    changed_node: str | None
+
+
+def resolve(
+    config: Config, connections: Mapping[str, Connection], conflict_id: int, winner: str
+) -> Resolution:
+    """Let `winner`'s row win a conflict.
+
+    A held conflict: the other node forgets its change, the winner's is sent. A decided one whose winner was another:
+    the losing row is written back from the log on the node that has the log, as a change that then syncs; whatever
+    became of the record since is overwritten. Raises `SyncPipelineError` for an unknown number or node.
+    """
+    names = [node.name for node in config.nodes]
+    if winner not in names:
+        raise SyncPipelineError(
+            f"unknown node {winner!r}", remedy=f"name one of {', '.join(names)}"
+        )
+    node, conflict = _find(config, connections, conflict_id)
+    table, record_id = conflict["table_name"], conflict["record_id"]
+    key = {"table_name": table, "record_id": record_id}
+    settled = Resolution(conflict_id, table, record_id, winner, None)
+    if conflict["winner"] == winner:
+        return settled
+    if conflict["resolved_at"] is None:
+        loser = config.other(winner).name
+        # The loser first: a crash in between leaves the winner's record held, and the same command finishes it.
+        _run(config, connections[loser], "release_record", key)
+        with connections[winner].transaction():
+            _run(config, connections[winner], "release_record", key)
+            _run(
+                config,
+                connections[winner],
+                "mark_records",
+                {"table_name": table, "event_type": "update", "record_ids": [record_id]},
+            )
+        changed = winner
+    else:
+        relation = catalog.read(config, connections).relation(node, table)
+        row = conflict["local_row"] if winner == node else conflict["remote_row"]
+        with connections[node].transaction():
+            # Written without the consumer's setting: captured like any change of an application.
+            connections[node].execute(*_write(relation, record_id, row))
+        changed = node
+    for side in config.nodes:
+        _run(
+            config,
+            connections[side.name],
+            "resolve_conflicts",
+            {**key, "id": conflict_id, "winner": winner},
+        )
+    return Resolution(conflict_id, table, record_id, winner, changed)
+
+
+def _find(
+    config: Config, connections: Mapping[str, Connection], conflict_id: int
+) -> tuple[str, dict[str, Any]]:
+    statement = query(queries.get("read_conflict", config.schema_name))
+    for node in config.nodes:
+        with connections[node.name].cursor(row_factory=dict_row) as cursor:
+            row = cursor.execute(statement, {"id": conflict_id}).fetchone()
+        if row is not None:
+            return node.name, row
+    raise SyncPipelineError(
+        f"no conflict has the number {conflict_id}", remedy="see `sync-pipeline conflicts list`"
+    )
+
+
+def _run(config: Config, connection: Connection, name: str, parameters: dict[str, Any]) -> None:
+    connection.execute(query(queries.get(name, config.schema_name)), parameters)
+
+
+def _write(
+    relation: Relation, record_id: str, row: dict[str, Any] | None
+) -> tuple[sql.Composed, dict[str, Any]]:
+    """Compose the statement that makes a record what a logged row says, or deletes it."""
+    target = sql.Identifier(relation.schema, relation.name)
+    columns = {field: sql.Identifier(column.name) for field, column in relation.columns.items()}
+    if row is None:
+        values = json.loads(record_id) if len(relation.key) > 1 else [record_id]
+        condition = sql.SQL(" and ").join(
+            sql.SQL("{} = {}::" + relation.columns[field].type_name).format(columns[field], value)
+            for field, value in zip(relation.key, values, strict=True)
+        )
+        return sql.SQL("delete from {} where {}").format(target, condition), {}
+    payload = [field for field in relation.fields if field not in relation.key]
+    given = {relation.columns[field].name: row[field] for field in relation.fields if field in row}
+    action: sql.Composable = sql.SQL("nothing")
+    if payload:
+        action = sql.SQL("update set {}").format(
+            sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(columns[f]) for f in payload)
+        )
+    names = sql.SQL(", ").join(columns.values())
+    statement = sql.SQL(
+        "insert into {target} ({names}) overriding system value "
+        "select {names} from pg_catalog.jsonb_populate_record(null::{target}, %(row)s::jsonb) "
+        "on conflict ({key}) do {action}"
+    ).format(
+        target=target,
+        names=names,
+        key=sql.SQL(", ").join(columns[field] for field in relation.key),
+        action=action,
+    )
+    return statement, {"row": json.dumps(given)}

@@ -1,0 +1,149 @@
+"""Conflicts that wait for an operator, and decisions that an operator undoes."""
+
+import pytest
+
+from sync_pipeline import resolution
+from sync_pipeline.config import Config
+from sync_pipeline.database import connected
+from sync_pipeline.errors import SyncPipelineError
+from tests.engine import equal, installed, sync_pair
+from tests.helpers import Node, Pair, write_config
+
+pytestmark = pytest.mark.core
+
+
+@pytest.fixture
+def held(pair: Pair) -> Config:
+    """A pair whose account 1 was changed on both nodes, under the policy `hold`."""
+    write_config(
+        pair.config_path, tables=[{"name": "accounts", "conflict": "hold"}, "users", "orders"]
+    )
+    config = installed(pair)
+    pair.crm.insert("accounts", id=1, name="first")
+    pair.crm.insert("accounts", id=2, name="second")
+    sync_pair(pair)
+    pair.crm.execute("update accounts set name = 'crm' where id = 1")
+    pair.billing.execute("update accounts set name = 'billing' where id = 1")
+    pair.crm.execute("update accounts set name = 'other' where id = 2")
+    sync_pair(pair)
+    return config
+
+
+def resolve(config: Config, number: int, winner: str) -> None:
+    with connected(config.first, config, "t") as one, connected(config.second, config, "t") as two:
+        resolution.resolve(
+            config, {config.first.name: one, config.second.name: two}, number, winner
+        )
+
+
+def names(node: Node) -> list[tuple[object, ...]]:
+    return node.rows("select name from accounts order by id")
+
+
+def open_conflicts(pair: Pair) -> list[tuple[object, ...]]:
+    return [
+        row
+        for node in pair.nodes
+        for row in node.rows("select id, kind from sync.sync_conflicts where winner is null")
+    ]
+
+
+def test_a_held_record_moves_on_neither_side_and_others_flow(pair: Pair, held: Config) -> None:
+    assert names(pair.crm) == [("crm",), ("other",)]
+    assert names(pair.billing) == [("billing",), ("other",)]
+    assert pair.crm.pending() == pair.billing.pending() == 0
+    assert len(open_conflicts(pair)) == 1
+    states = [n.rows("select record_id, state from sync.sync_failures") for n in pair.nodes]
+    assert states == [[("1", "held")], [("1", "held")]]
+
+
+def test_a_held_record_that_changes_again_stays_one_conflict(pair: Pair, held: Config) -> None:
+    pair.crm.execute("update accounts set name = 'crm again' where id = 1")
+    sync_pair(pair)
+    pair.billing.execute("update accounts set name = 'billing again' where id = 1")
+    sync_pair(pair)
+    assert names(pair.billing)[0] == ("billing again",)
+    assert names(pair.crm)[0] == ("crm again",)
+    assert pair.crm.pending() == pair.billing.pending() == 0
+    assert len(open_conflicts(pair)) <= 2
+
+
+@pytest.mark.parametrize("winner", ["crm", "billing"])
+def test_an_operator_settles_a_held_record(pair: Pair, held: Config, winner: str) -> None:
+    [(number, kind)] = open_conflicts(pair)
+    assert kind == "update_update"
+    resolve(held, int(str(number)), winner)
+    sync_pair(pair)
+    assert equal(pair)
+    assert names(pair.crm)[0] == (winner,)
+    assert open_conflicts(pair) == []
+    assert [n.rows("select * from sync.sync_failures") for n in pair.nodes] == [[], []]
+    # The record is free again.
+    pair.billing.execute("update accounts set name = 'later' where id = 1")
+    sync_pair(pair)
+    assert equal(pair)
+
+
+@pytest.fixture
+def decided(pair: Pair) -> Config:
+    """A pair whose user 1 was changed on both nodes and decided for billing, the later."""
+    config = installed(pair)
+    pair.crm.insert("accounts", id=1, name="first")
+    pair.crm.insert("users", id=1, account_id=1, email="1@x.org", age=40)
+    sync_pair(pair)
+    pair.crm.execute("update users set name = 'crm', age = null")
+    pair.billing.execute("update users set name = 'billing'")
+    sync_pair(pair)
+    return config
+
+
+def test_undoing_a_decision_writes_the_losing_row_back_on_both_sides(
+    pair: Pair, decided: Config
+) -> None:
+    assert pair.crm.rows("select name, age from users") == [("billing", 40)]
+    number = pair.billing.value("select id from sync.sync_conflicts")
+    resolve(decided, number, "crm")
+    sync_pair(pair)
+    assert equal(pair)
+    assert pair.crm.rows("select name, age from users") == [("crm", None)]
+    assert pair.billing.rows("select winner from sync.sync_conflicts") == [("crm",)]
+
+
+def test_undoing_a_delete_brings_the_row_back(pair: Pair, decided: Config) -> None:
+    pair.crm.execute("update users set name = 'updated'")
+    pair.billing.execute("delete from users")
+    sync_pair(pair)
+    assert pair.crm.rows("users") == []
+    number = pair.billing.value("select max(id) from sync.sync_conflicts")
+    resolve(decided, number, "crm")
+    sync_pair(pair)
+    assert equal(pair)
+    assert pair.billing.rows("select name from users") == [("updated",)]
+
+
+def test_an_unknown_conflict_or_node_changes_nothing(pair: Pair, decided: Config) -> None:
+    with pytest.raises(SyncPipelineError, match="no conflict has the number 999"):
+        resolve(decided, 999, "crm")
+    with pytest.raises(SyncPipelineError, match="unknown node 'sales'; name one of crm, billing"):
+        resolve(decided, pair.billing.value("select id from sync.sync_conflicts"), "sales")
+
+
+def test_conflict_numbers_never_occur_on_both_nodes(pair: Pair, decided: Config) -> None:
+    statement = (
+        "select mod(nextval(pg_get_serial_sequence('sync.sync_conflicts', 'id')), 2)"
+        " from generate_series(1, 3)"
+    )
+    assert pair.crm.rows(statement) == [(1,)] * 3
+    assert pair.billing.rows(statement) == [(0,)] * 3
+
+
+def test_settled_conflicts_are_kept_for_the_retention_and_then_deleted(
+    pair: Pair, decided: Config
+) -> None:
+    age = "update sync.sync_conflicts set resolved_at = now() - make_interval(days => %s)"
+    pair.billing.execute(age, 29)
+    sync_pair(pair)
+    assert len(pair.billing.rows("select id from sync.sync_conflicts")) == 1
+    pair.billing.execute(age, 31)
+    sync_pair(pair)
+    assert pair.billing.rows("select id from sync.sync_conflicts") == []
