@@ -1,0 +1,285 @@
+"""A record is its key: composite, natural, a unique constraint, changed, swapped, chained."""
+
+import pytest
+
+from sync_pipeline.errors import CatalogMismatch
+from tests.engine import sync_pair, totals
+from tests.helpers import Pair
+from tests.shapes import converge, failures, link, marked, texts
+
+
+@pytest.mark.core
+def test_a_composite_key_of_any_types_identifies_a_record(pair: Pair) -> None:
+    link(
+        pair,
+        """create table visits (place text, at timestamptz, part numeric, note text,
+        primary key (place, at, part))""",
+        "visits",
+    )
+    pair.crm.execute(
+        """insert into visits values
+        ('a", "b', '2024-03-31 02:30:00.000001+01', 1.50, 'quotes'),
+        ('a', '-infinity', 1.5, 'x'), ('', 'infinity', 'NaN', ''), ('[1]\\', '4713-01-02 BC', 0, null),
+        (chr(9) || 'é' || chr(10), '2024-01-01', -1e100, 'white space')"""
+    )
+    converge(pair, "visits")
+    assert len(texts(pair.billing, "visits")) == 5
+    pair.billing.execute("update visits set note = upper(note), part = part + 1")
+    converge(pair, "visits")
+    pair.crm.execute("delete from visits where place <> 'a'")
+    converge(pair, "visits")
+    assert len(texts(pair.billing, "visits")) == 1
+
+
+def test_the_order_of_a_composite_key_may_differ(pair: Pair) -> None:
+    link(
+        pair,
+        (
+            "create table pairs (a int, b text, c text, primary key (a, b))",
+            "create table pairs (c text, b text, a bigint, primary key (b, a))",
+        ),
+        "pairs",
+    )
+    pair.crm.execute("insert into pairs values (1, 'x', 'from crm')")
+    pair.billing.execute("insert into pairs (a, b, c) values (2, 'y', 'from billing')")
+    converge(pair, "pairs", columns="a, b, c")
+    # The same text of the key on both nodes: changes of both sides meet as one conflict.
+    pair.crm.execute("update pairs set c = 'one' where a = 1")
+    pair.billing.execute("update pairs set c = 'two' where a = 1")
+    converge(pair, "pairs", columns="a, b, c")
+    assert pair.crm.value("select c from pairs where a = 1") == "two"
+    assert pair.billing.rows("select record_id, kind from sync.sync_conflicts") == [
+        ('["1", "x"]', "update_update")
+    ]
+
+
+def test_integer_and_bigint_numeric_and_text_of_one_key_are_one_record(pair: Pair) -> None:
+    link(
+        pair,
+        (
+            "create table a (id int primary key, w text); create table b (id varchar(9) primary key, w text)",
+            "create table a (id numeric primary key, w text); create table b (id text primary key, w text)",
+        ),
+        "a",
+        "b",
+    )
+    for table in ("a", "b"):
+        pair.crm.execute(f"insert into {table} values ('1', 'one')")
+        converge(pair, table)
+        pair.billing.execute(f"update {table} set w = 'two'")
+        converge(pair, table)
+        pair.crm.execute(f"delete from {table}")
+        converge(pair, table)
+    assert pair.billing.rows("select * from sync.sync_conflicts") == []
+
+
+@pytest.mark.core
+def test_a_unique_constraint_can_be_the_key_and_each_side_keeps_its_own_primary_key(
+    pair: Pair,
+) -> None:
+    link(
+        pair,
+        """create table products (
+            id int generated always as identity primary key, sku text not null unique, price numeric)""",
+        {"name": "products", "key": ["sku"], "exclude": ["id"]},
+    )
+    pair.billing.execute("select nextval('products_id_seq') from generate_series(1, 100)")
+    pair.crm.execute("insert into products (sku, price) values ('a', 1), ('b', 2)")
+    pair.billing.execute("insert into products (sku, price) values ('c', 3)")
+    converge(pair, "products", columns="sku, price")
+    assert [row[0] for row in pair.billing.rows("select id from products order by 1")] == [
+        101,
+        102,
+        103,
+    ]
+    pair.billing.execute("update products set price = price + 1 where sku = 'a'")
+    pair.crm.execute("update products set sku = 'd' where sku = 'b'")
+    pair.crm.execute("delete from products where sku = 'c'")
+    converge(pair, "products", columns="sku, price")
+    assert pair.billing.rows("select sku, price from products order by 1") == [("a", 2), ("d", 2)]
+
+
+@pytest.mark.parametrize(
+    ("ddl", "options", "problem"),
+    [
+        ("create table t (id int)", {}, "no primary key"),
+        ("create table t (id int, a int not null)", {"key": ["a"]}, "is not unique"),
+        ("create table t (id int, a int unique)", {"key": ["a"]}, "allows null"),
+        (
+            "create table t (a int not null, b int not null, unique (a, b))",
+            {"key": ["a"]},
+            "unique",
+        ),
+        (
+            "create table t (a int not null); create unique index on t (a) where a > 0",
+            {"key": ["a"]},
+            "is not unique",
+        ),
+        (
+            "create table t (a text not null); create unique index on t (lower(a))",
+            {"key": ["a"]},
+            "is not unique",
+        ),
+        ("create table t (id int primary key)", {"key": ["nix"]}, "does not exist"),
+    ],
+)
+def test_a_table_without_a_usable_key_is_refused_and_nothing_is_installed(
+    pair: Pair, ddl: str, options: dict[str, object], problem: str
+) -> None:
+    with pytest.raises(CatalogMismatch, match=problem):
+        link(pair, ddl, {"name": "t", **options})
+    assert pair.crm.rows("select 1 from pg_namespace where nspname = 'sync'") == []
+
+
+@pytest.mark.core
+def test_a_changed_key_moves_the_record(pair: Pair) -> None:
+    link(pair, "create table items (id int primary key, word text)", "items")
+    pair.crm.execute("insert into items values (1, 'a'), (2, 'b'), (3, 'c')")
+    converge(pair, "items")
+    pair.crm.execute("update items set id = 10 where id = 1")
+    pair.billing.execute("update items set id = 20 where id = 2")
+    converge(pair, "items")
+    assert texts(pair.crm, "items") == ["(10,a)", "(20,b)", "(3,c)"]
+
+
+def test_chains_and_swaps_of_keys_arrive(pair: Pair) -> None:
+    link(pair, "create table items (id int primary key, word text)", "items")
+    pair.crm.execute("insert into items select n, 'word ' || n from generate_series(1, 5) as n")
+    converge(pair, "items")
+    # 1 -> 2 -> 3 -> 4 -> 5 -> 6, one statement each, then 1 <-> 2 by way of a free key.
+    for number in (5, 4, 3, 2, 1):
+        pair.crm.execute("update items set id = id + 1 where id = %s", number)
+    pair.crm.execute("update items set id = 0 where id = 2")
+    pair.crm.execute("update items set id = 2 where id = 3")
+    pair.crm.execute("update items set id = 3 where id = 0")
+    converge(pair, "items")
+    assert texts(pair.billing, "items") == [
+        "(2,\"word 2\")", "(3,\"word 1\")", "(4,\"word 3\")", "(5,\"word 4\")", "(6,\"word 5\")",
+    ]  # fmt: skip
+
+
+def test_keys_swapped_by_one_statement_under_a_deferrable_primary_key_arrive(pair: Pair) -> None:
+    link(
+        pair,
+        "create table items (id int primary key deferrable initially immediate, word text)",
+        "items",
+    )
+    pair.crm.execute("insert into items values (1, 'a'), (2, 'b'), (3, 'c')")
+    converge(pair, "items")
+    pair.crm.execute("update items set id = case id when 3 then 1 else id + 1 end")
+    converge(pair, "items")
+    assert texts(pair.billing, "items") == ["(1,c)", "(2,a)", "(3,b)"]
+
+
+@pytest.mark.core
+def test_a_parents_key_changed_with_on_update_cascade_takes_its_children_along(pair: Pair) -> None:
+    link(
+        pair,
+        """create table regions (country text, code int, name text, primary key (country, code));
+        create table cities (id int primary key, country text, code int,
+            foreign key (country, code) references regions on update cascade);
+        create table streets (id int primary key, city int references cities on update cascade)""",
+        "streets",
+        "cities",
+        "regions",
+    )
+    pair.crm.execute("insert into regions values ('de', 1, 'north'), ('de', 2, 'south')")
+    pair.crm.execute("insert into cities values (1, 'de', 1), (2, 'de', 1), (3, 'de', 2)")
+    pair.crm.execute("insert into streets values (1, 1), (2, 2), (3, 3)")
+    converge(pair, "regions", "cities", "streets")
+    pair.crm.execute("update regions set country = 'at', code = 9 where code = 1")
+    pair.crm.execute("update cities set id = id + 100")
+    converge(pair, "regions", "cities", "streets")
+    assert texts(pair.billing, "cities") == ["(101,at,9)", "(102,at,9)", "(103,de,2)"]
+    pair.billing.execute("update regions set code = code + 10")
+    converge(pair, "regions", "cities", "streets")
+    assert texts(pair.crm, "streets") == ["(1,101)", "(2,102)", "(3,103)"]
+
+
+def test_a_key_reused_after_a_delete_is_the_new_row(pair: Pair) -> None:
+    link(pair, "create table items (id int primary key, word text)", "items")
+    pair.crm.execute("insert into items values (1, 'old')")
+    converge(pair, "items")
+    pair.crm.execute("delete from items")
+    pair.crm.execute("insert into items values (1, 'new')")
+    converge(pair, "items")
+    assert texts(pair.billing, "items") == ["(1,new)"]
+
+
+def test_a_table_of_nothing_but_its_key_travels(pair: Pair) -> None:
+    link(pair, "create table links (a int, b int, primary key (a, b))", "links")
+    pair.crm.execute("insert into links values (1, 1), (1, 2)")
+    converge(pair, "links")
+    pair.billing.execute("update links set b = 3 where b = 2")
+    pair.billing.execute("insert into links values (2, 2)")
+    converge(pair, "links")
+    assert texts(pair.crm, "links") == ["(1,1)", "(1,3)", "(2,2)"]
+
+
+def test_a_replay_by_hand_may_write_the_key_in_its_own_way(pair: Pair) -> None:
+    link(
+        pair,
+        """create table items (id int primary key, word text);
+        create table pairs (a int, b text, primary key (a, b))""",
+        "items",
+        "pairs",
+    )
+    with pair.crm.connect(autocommit=False) as session:
+        session.execute("set local session_replication_role = replica")
+        session.execute("insert into items values (42, 'x')")
+        session.execute("insert into pairs values (7, 'y')")
+    pair.crm.execute(
+        """insert into sync.sync_events (table_name, record_id, event_type)
+        values ('items', ' 042', 'update'), ('pairs', '[7,"y"]', 'update')"""
+    )
+    converge(pair, "items", "pairs")
+    assert texts(pair.billing, "items") == ["(42,x)"]
+
+
+def test_an_event_whose_key_is_no_key_is_set_aside_and_the_others_go_on(pair: Pair) -> None:
+    link(
+        pair,
+        """create table items (id int primary key, word text);
+        create table pairs (a int, b text, primary key (a, b))""",
+        "items",
+        "pairs",
+    )
+    pair.crm.execute(
+        """insert into sync.sync_events (table_name, record_id, event_type)
+        values ('items', 'x', 'update'), ('pairs', '[7]', 'update'), ('pairs', '{', 'update'),
+        ('pairs', '[null, "y"]', 'delete')"""
+    )
+    pair.crm.execute("insert into items values (1, 'good'); insert into pairs values (1, 'good')")
+    sync_pair(pair)
+    assert texts(pair.billing, "items") == ["(1,good)"]
+    assert texts(pair.billing, "pairs") == ["(1,good)"]
+    assert marked(pair.crm) == []
+    assert [row[:3] for row in failures(pair.crm)] == [
+        ("items", "x", "22P02"),
+        ("pairs", "[7]", "22P02"),
+        ("pairs", '[null, "y"]', "22P02"),
+        ("pairs", "{", "22P02"),
+    ]
+
+
+@pytest.mark.xfail(
+    reason="the failure is looked up by the key's own text, so the event is dropped", strict=True
+)
+def test_a_refused_record_is_kept_however_its_replay_wrote_the_key(pair: Pair) -> None:
+    link(
+        pair,
+        (
+            "create table pairs (a int, b text, primary key (a, b))",
+            "create table pairs (a int check (a < 5), b text, primary key (a, b))",
+        ),
+        "pairs",
+    )
+    with pair.crm.connect(autocommit=False) as session:
+        session.execute("set local session_replication_role = replica")
+        session.execute("insert into pairs values (7, 'y')")
+    pair.crm.execute(
+        """insert into sync.sync_events (table_name, record_id, event_type)
+        values ('pairs', '["7","y"]', 'update')"""
+    )
+    totals(pair)
+    assert [row[2] for row in failures(pair.crm)] == ["23514"]
