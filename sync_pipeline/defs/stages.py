@@ -1,0 +1,174 @@
+"""One pass as a graph of ops: each direction fetches dependents, processes parents, then dependents."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import dagster as dg
+
+from sync_pipeline.config import Config
+from sync_pipeline.defs.metadata import direction_metadata, sentence
+from sync_pipeline.defs.session import Session
+from sync_pipeline.errors import SyncPipelineError
+from sync_pipeline.passes import Pass
+from sync_pipeline.records import DirectionReport
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What an op hands to the next: where the pass stands. Rows never travel between ops."""
+
+    direction: str
+    reached: str
+
+
+class Stages(dg.IOManager):
+    """Keeps the descriptors of a run in its own process, so that a pass leaves no files behind."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, ...], Stage] = {}
+
+    def handle_output(self, context: dg.OutputContext, obj: Stage) -> None:
+        """Keep a descriptor."""
+        self._kept[tuple(context.get_identifier())] = obj
+
+    def load_input(self, context: dg.InputContext) -> Stage:
+        """Return the descriptor of the op before; refuse when that op ran in another run."""
+        upstream = context.upstream_output
+        identifier = tuple(upstream.get_identifier()) if upstream is not None else ()
+        if identifier not in self._kept:
+            raise _no_snapshot(f"the step after {upstream.step_key if upstream else 'it'}")
+        return self._kept[identifier]
+
+
+@dg.op(
+    ins={"after": dg.In(dg.Nothing)},
+    out=dg.Out(Stage),
+    required_resource_keys={"link"},
+    description=(
+        "Takes both locks, recovers what a crash left, opens the one snapshot of this direction and reads the waiting"
+        " changes of tables that refer to others."
+    ),
+)
+def fetch_dependents(context: dg.OpExecutionContext) -> Stage:
+    """Begin a direction."""
+    session, source, target = _direction(context)
+    try:
+        if session.lead() is None:
+            return _stand_back(context, session)
+        one = session.begin(source, target)
+        report = session.run(one.fetch_dependents)
+    except SyncPipelineError as error:
+        raise _failure(error) from None
+    context.add_output_metadata({"lag_seconds_before": round(report.lag_seconds, 3)})
+    if report.recovered:
+        context.log.info("recovered %s batches that a crash had left", report.recovered)
+    return Stage(report.name, "fetched")
+
+
+@dg.op(
+    out=dg.Out(Stage),
+    required_resource_keys={"link"},
+    description="Reads the waiting changes of parents from the same snapshot and applies them on the target.",
+)
+def process_parents(context: dg.OpExecutionContext, fetched: Stage) -> Stage:
+    """Apply parents."""
+    session, one = _pass(context)
+    if one is None:
+        return fetched
+    try:
+        report = session.run(one.process_parents)
+    except SyncPipelineError as error:
+        raise _failure(error) from None
+    return Stage(report.name, "parents")
+
+
+@dg.op(
+    out=dg.Out(Stage),
+    required_resource_keys={"link"},
+    description=(
+        "Applies dependents and deletes on the target, commits, and acknowledges on the source exactly the events read."
+    ),
+)
+def process_dependents(context: dg.OpExecutionContext, parents: Stage) -> Stage:
+    """Apply dependents and acknowledge; the end of a direction."""
+    session, one = _pass(context)
+    if one is None:
+        return parents
+    try:
+        report = session.run(one.process_dependents)
+        session.end()
+    except SyncPipelineError as error:
+        raise _failure(error) from None
+    _tell(context, report)
+    return Stage(report.name, "done")
+
+
+@dg.graph(description="One direction of a pass, from one snapshot of its source.")
+def direction(after: Any) -> Any:
+    """Wire the three stages."""
+    return process_dependents(process_parents(fetch_dependents(after)))
+
+
+def sync_job(config: Config, name: str, **options: Any) -> dg.JobDefinition:
+    """Return the job of one pass: the first node's changes, then the second's."""
+    names = [f"{source.name}_to_{target.name}" for source, target in config.directions]
+
+    @dg.graph(
+        name=name,
+        description=(
+            f"One pass over {config.first.name} and {config.second.name}: each direction takes one snapshot of its"
+            " source. A run that finds another worker leading ends at once as a success that did nothing."
+        ),
+    )
+    def both() -> None:
+        direction.alias(names[1])(direction.alias(names[0])())
+
+    return both.to_job(name=name, executor_def=dg.in_process_executor, **options)
+
+
+def _direction(context: dg.OpExecutionContext) -> tuple[Session, str, str]:
+    session: Session = context.resources.link
+    parent = context.op_handle.parent
+    for source, target in session.config.directions:
+        if parent is not None and parent.name == f"{source.name}_to_{target.name}":
+            return session, source.name, target.name
+    raise RuntimeError(f"no direction is called {parent}")
+
+
+def _pass(context: dg.OpExecutionContext) -> tuple[Session, Pass | None]:
+    session, source, target = _direction(context)
+    if session.stood_back is not None:
+        return session, None
+    one = session.current(source, target)
+    if one is None:
+        raise _no_snapshot(str(context.op_handle))
+    return session, one
+
+
+def _stand_back(context: dg.OpExecutionContext, session: Session) -> Stage:
+    reason = f"did nothing: {session.stood_back}"
+    context.log.info(reason)
+    context.add_output_metadata({"stood_back": reason})
+    context.instance.add_run_tags(context.run_id, {"sync/result": reason[:200]})
+    return Stage(str(context.op_handle), "stood back")
+
+
+def _tell(context: dg.OpExecutionContext, report: DirectionReport) -> None:
+    context.add_output_metadata(direction_metadata(report))
+    context.log.info(sentence(report))
+    for warning in report.warnings:
+        context.log.warning(warning)
+
+
+def _failure(error: SyncPipelineError) -> dg.Failure:
+    return dg.Failure(description=str(error), allow_retries=False)
+
+
+def _no_snapshot(step: str) -> dg.Failure:
+    return dg.Failure(
+        description=(
+            f"{step} cannot start in the middle of a pass: the snapshot that it reads from was in another run and is"
+            " gone. Nothing is lost: launch a new run, or re-execute all steps of this one."
+        ),
+        allow_retries=False,
+    )

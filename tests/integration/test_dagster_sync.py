@@ -1,0 +1,206 @@
+"""`sync_job` and `sync_sensor`, run in the process of the test."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from sync_pipeline import definitions
+from sync_pipeline import link as links
+from tests import dagster_runs
+from tests.dagster_runs import failure_of, metadata, run, tick
+from tests.engine import config_of, equal, installed
+from tests.helpers import Node, Pair
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def link(pair: Pair) -> Pair:
+    """Two empty databases with the pipeline installed."""
+    installed(pair)
+    return pair
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dagster_runs.instance() as instance:
+        yield instance
+
+
+def sync_job() -> dg.JobDefinition:
+    return definitions.defs().resolve_job_def("sync_job")
+
+
+def add_family(node: Node, account: int = 1) -> None:
+    node.insert("accounts", id=account, name=f"account {account}")
+    node.insert("users", id=account * 10, account_id=account, email=f"u{account}@x.org", age=30)
+    node.insert("orders", id=account * 100, user_id=account * 10, amount="12.50", note="first")
+
+
+def test_one_run_makes_both_databases_equal(link: Pair, instance: dg.DagsterInstance) -> None:
+    add_family(link.crm, 1)
+    add_family(link.billing, 2)
+    result = run(link, instance)
+    assert result.success
+    assert equal(link)
+    assert len(link.crm.rows("orders")) == 2
+    assert [event.step_key for event in result.all_events if event.is_step_success] == [
+        f"{direction}.{stage}"
+        for direction in ("crm_to_billing", "billing_to_crm")
+        for stage in ("fetch_dependents", "process_parents", "process_dependents")
+    ]
+
+
+def test_a_run_tells_what_it_did_to_each_table_and_no_row_of_it(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    add_family(link.crm)
+    link.crm.execute("update users set email = 'secret@x.org'")
+    result = run(link, instance)
+    told = metadata(result, "crm_to_billing.process_dependents")
+    assert (told["upserted"], told["deleted"], told["events"]) == (3, 0, 4)
+    assert [record["table"] for record in told["tables"]] == ["accounts", "orders", "users"]
+    assert told["lag_seconds_before"] >= 0
+    assert not any("secret" in str(entry) for entry in instance.all_logs(result.run_id))
+
+
+def test_a_run_that_finds_the_lock_taken_succeeds_does_nothing_and_says_who_leads(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    add_family(link.crm)
+    with links.lead(config_of(link)) as other:
+        leader = other.sides["crm"].writer.info.backend_pid
+        result = run(link, instance)
+    assert result.success
+    assert link.billing.rows("accounts") == []
+    assert f"backend {leader}" in metadata(result, "crm_to_billing.fetch_dependents")["stood_back"]
+    stored = instance.get_run_by_id(result.run_id)
+    assert stored is not None
+    assert f"backend {leader}" in stored.tags["sync/result"]
+
+
+def test_re_execution_from_the_middle_is_refused_in_plain_words(
+    link: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYNC_CONFIG", str(link.config_path))
+    with dg.instance_for_test() as instance:
+        job = dg.reconstructable(sync_job)
+        with dg.execute_job(job, instance) as first:
+            assert first.success
+        add_family(link.crm)
+        from_the_middle = dg.ReexecutionOptions(
+            first.run_id,
+            [f"crm_to_billing.{stage}" for stage in ("process_parents", "process_dependents")],
+        )
+        with dg.execute_job(job, instance, reexecution_options=from_the_middle) as again:
+            assert not again.success
+            assert "cannot start in the middle of a pass" in failure_of(again)
+    assert link.crm.pending() == 3
+
+
+def test_a_failed_run_says_in_one_line_what_is_wrong_and_frees_the_locks(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    add_family(link.crm)
+    link.billing.execute("alter table users rename to people")
+    result = run(link, instance)
+    assert not result.success
+    assert "users" in failure_of(result)
+    assert "billing" in failure_of(result)
+    link.billing.execute("alter table people rename to users")
+    with links.lead(config_of(link)):
+        pass
+
+
+def test_the_sensor_asks_for_a_run_only_when_something_waits(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    idle = tick(link, instance)
+    assert idle.requests == []
+    assert idle.skipped == "nothing waits on crm or billing"
+    add_family(link.billing)
+    asked = tick(link, instance)
+    assert len(asked.requests) == 1
+    assert asked.requests[0].run_key is None
+    assert asked.requests[0].tags["sync/asked_by"] == "changes wait on billing"
+
+
+def test_the_sensor_asks_for_no_run_beside_a_leader(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    add_family(link.crm)
+    with links.lead(config_of(link)) as other:
+        beside = tick(link, instance)
+        leader = other.sides["crm"].writer.info.backend_pid
+    assert beside.requests == []
+    assert f"changes wait on crm; backend {leader}" in beside.skipped
+    assert len(tick(link, instance).requests) == 1
+
+
+def test_the_sensor_says_that_the_link_is_paused_or_not_installed(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    add_family(link.crm)
+    link.crm.execute("update sync.sync_node set paused_at = now()")
+    assert "crm is paused" in tick(link, instance).skipped
+    link.crm.execute("drop schema sync cascade")
+    assert "run `sync-pipeline install`" in tick(link, instance).skipped
+
+
+def test_the_sensor_never_asks_twice_for_the_same_work(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    add_family(link.crm)
+    job = dagster_runs.definitions(link).resolve_job_def("sync_job")
+    queued = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTING)
+    asked = tick(link, instance)
+    assert asked.requests == []
+    assert f"run {queued.run_id[:8]} was asked for" in asked.skipped
+
+
+@pytest.mark.dagster
+def test_a_run_in_a_process_of_its_own_syncs_and_frees_the_locks(
+    link: Pair, tmp_path: Path
+) -> None:
+    add_family(link.crm)
+    done = _dagster(
+        link, tmp_path, "job", "execute", "-m", "sync_pipeline.definitions", "-j", "sync_job"
+    )
+    assert done.returncode == 0, done.stderr
+    assert equal(link)
+    assert link.crm.pending() == 0
+    with links.lead(config_of(link)):
+        pass
+
+
+@pytest.mark.dagster
+def test_a_missing_configuration_is_the_error_that_the_code_location_shows(
+    link: Pair, tmp_path: Path
+) -> None:
+    link.config_path.unlink()
+    done = _dagster(link, tmp_path, "definitions", "validate", "-m", "sync_pipeline.definitions")
+    assert done.returncode != 0
+    assert "sync.yaml: does not exist; copy sync.example.yaml there" in done.stdout + done.stderr
+
+
+def _dagster(pair: Pair, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        **pair.environment,
+        "DAGSTER_HOME": str(home),
+        "SYNC_CONFIG": str(pair.config_path),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "dagster", *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
