@@ -744,3 +744,7 @@ union all
 select 'replication slot', slot.slot_name::text, slot.slot_type, null
 from pg_catalog.pg_replication_slots as slot
 where slot.xmin is not null and (not slot.active or pg_catalog.age(slot.xmin) > %(transactions)s)
+
+-- name: examine_clock
+-- The node's clock, to compare with the other's.
+select pg_catalog.clock_timestamp()

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
+from sync_pipeline.errors import SyncPipelineError
+
 
 @dataclass(frozen=True, slots=True)
 class Column:
@@ -152,3 +154,9 @@ class Finding:
     table: str | None
     message: str
     remedy: str
+
+    @classmethod
+    def of(cls, error: SyncPipelineError, check: str, node: str | None) -> "Finding":
+        """Make a finding of an error that the pipeline would stop at."""
+        remedy = error.remedy or "see the message"
+        return cls("error", check, error.node or node, None, error.problem, remedy)

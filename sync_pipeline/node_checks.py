@@ -1,0 +1,269 @@
+"""What doctor looks for on one node: the server, the pipeline's own objects, and what waits in them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from sync_pipeline import install, locks, queries
+from sync_pipeline.config import Config, NodeConfig
+from sync_pipeline.database import Connection, query
+from sync_pipeline.errors import NotInstalled, SyncPipelineError
+from sync_pipeline.records import Finding
+
+OLDEST_VERSION = 14
+NEWEST_VERSION = 18
+LONG_TRANSACTION_SECONDS = 600.0
+OLD_SLOT_TRANSACTIONS = 1_000_000
+_CONFIRM = sql.SQL(
+    "update {} set system_identifier = (select system_identifier::text from pg_control_system()), "
+    "database_oid = (select oid from pg_database where datname = current_database())"
+)
+
+
+def describe(config: Config, connection: Connection) -> dict[str, Any]:
+    """Return what the two servers are compared by: version, encoding, identity, whether installed."""
+    return _row(connection, "examine_server", config.schema_name)
+
+
+def examine(
+    config: Config, node: NodeConfig, connection: Connection, server: dict[str, Any]
+) -> Iterator[Finding]:
+    """Yield what is wrong with one node; `server` is what `describe` returned for it."""
+    name = node.name
+    try:
+        locks.refuse_shared_sessions(connection, node)
+    except SyncPipelineError as error:
+        yield Finding.of(error, "pooler", name)
+    yield from _server(name, server)
+    if not server["installed"]:
+        if not server["may_create_schema"]:
+            yield Finding(
+                "error",
+                "rights",
+                name,
+                None,
+                f"role {server['role']} may not create schema {config.schema_name}",
+                f"grant create on database … to {server['role']}, for the time of the installation",
+            )
+        return
+    try:
+        install.require(config, name, connection)
+    except NotInstalled as error:
+        yield Finding.of(error, "schema", name)
+        return
+    yield from _own_tables(config, name, connection, server)
+    yield from _identity(config, name, connection, server)
+    yield from _vacuum(config, name, connection)
+    yield from _waiting(config, name, connection)
+
+
+def _server(node: str, server: dict[str, Any]) -> Iterator[Finding]:
+    version = server["version"]
+    if version < OLDEST_VERSION:
+        yield Finding(
+            "error",
+            "version",
+            node,
+            None,
+            f"PostgreSQL {version} is too old",
+            f"upgrade to PostgreSQL {OLDEST_VERSION} or newer",
+        )
+    elif version > NEWEST_VERSION:
+        yield Finding(
+            "warning",
+            "version",
+            node,
+            None,
+            f"PostgreSQL {version} has not been tested",
+            f"use PostgreSQL {OLDEST_VERSION} to {NEWEST_VERSION}, or run the tests on {version}",
+        )
+    if server["standby"]:
+        yield Finding(
+            "error",
+            "read_only",
+            node,
+            None,
+            "the server is a standby: nothing can be written",
+            "let the dsn lead to the primary, with target_session_attrs=read-write",
+        )
+    elif server["read_only"]:
+        yield Finding(
+            "error",
+            "read_only",
+            node,
+            None,
+            "default_transaction_read_only is on for this role or database",
+            "set it to off for the pipeline's role",
+        )
+    if server["replication_role"] != "origin":
+        yield Finding(
+            "error",
+            "replication_role",
+            node,
+            None,
+            f"session_replication_role is {server['replication_role']}: foreign keys and triggers do not work",
+            "reset it: alter role … reset session_replication_role, or the same for the database",
+        )
+
+
+def _own_tables(
+    config: Config, node: str, connection: Connection, server: dict[str, Any]
+) -> Iterator[Finding]:
+    tables = {
+        row["name"]: row for row in _rows(connection, "examine_own_tables", config.schema_name)
+    }
+    refused = [name for name, row in tables.items() if not row["writable"]]
+    if refused:
+        yield Finding(
+            "error",
+            "rights",
+            node,
+            None,
+            f"role {server['role']} may not read and write {', '.join(refused)} in schema {config.schema_name}",
+            "use the role that ran install, or grant it the rights on the schema and its tables",
+        )
+    options = dict(option.split("=", 1) for option in tables["sync_events"]["options"])
+    events = f"{config.schema_name}.sync_events"
+    if not server["autovacuum"]:
+        yield Finding(
+            "warning",
+            "autovacuum",
+            node,
+            None,
+            f"autovacuum is off on this server: acknowledged events stay in {events} as dead rows",
+            "turn on autovacuum and track_counts, or vacuum the table often",
+        )
+    elif options.get("autovacuum_enabled") in {"false", "off", "0", "no"}:
+        yield Finding(
+            "warning",
+            "autovacuum",
+            node,
+            None,
+            f"autovacuum is off for {events}",
+            f"alter table {events} reset (autovacuum_enabled)",
+        )
+    elif options.get("autovacuum_vacuum_scale_factor") is None:
+        yield Finding(
+            "warning",
+            "autovacuum",
+            node,
+            None,
+            f"{events} has lost its vacuum settings: with the server's it is vacuumed too late",
+            f"alter table {events} set (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000)",
+        )
+
+
+def _identity(
+    config: Config, node: str, connection: Connection, server: dict[str, Any]
+) -> Iterator[Finding]:
+    known = _row(connection, "read_node", config.schema_name)
+    peer = config.other(node).name
+    table = sql.Identifier(config.schema_name, "sync_node")
+    if (known["node"], known["peer"]) != (node, peer):
+        rename = (
+            sql.SQL("update {} set node = {}, peer = {}").format(table, node, peer).as_string(None)
+        )
+        yield Finding(
+            "error",
+            "identity",
+            node,
+            None,
+            f"this database was installed as {known['node']} with the peer {known['peer']}, "
+            f"not as {node} with {peer}",
+            f"correct the dsn or the names in sync.yaml; if a node was renamed on purpose: {rename}",
+        )
+    here = (server["system_identifier"], server["database_oid"])
+    if (known["system_identifier"], known["database_oid"]) != here:
+        confirm = _CONFIRM.format(table).as_string(None)
+        yield Finding(
+            "error",
+            "identity",
+            node,
+            None,
+            "this is not the database that was installed: a copy or a restore of it, or upgraded by pg_upgrade; "
+            "its events may be those of the other one, or older than what the peer has",
+            f"if it takes the other one's place: run verify, then confirm with {confirm}; "
+            f"if not: run uninstall here, or drop schema {config.schema_name} cascade",
+        )
+
+
+def _vacuum(config: Config, node: str, connection: Connection) -> Iterator[Finding]:
+    remedies = {
+        "session": "end it: select pg_terminate_backend({name})",
+        "prepared transaction": "commit prepared or rollback prepared '{name}'",
+        "replication slot": "let its client catch up, or drop it: select pg_drop_replication_slot('{name}')",
+    }
+    rows = _rows(
+        connection,
+        "examine_vacuum",
+        config.schema_name,
+        seconds=LONG_TRANSACTION_SECONDS,
+        transactions=OLD_SLOT_TRANSACTIONS,
+    )
+    for row in rows:
+        since = "" if row["seconds"] is None else f", open for {row['seconds']:.0f} s,"
+        yield Finding(
+            "warning",
+            "vacuum",
+            node,
+            None,
+            f"{row['kind']} {row['name']} of {row['owner']}{since} holds back vacuum: "
+            f"{config.schema_name}.sync_events grows and passes slow down",
+            remedies[row["kind"]].format(name=row["name"]),
+        )
+
+
+def _waiting(config: Config, node: str, connection: Connection) -> Iterator[Finding]:
+    status = _row(connection, "read_status", config.schema_name)
+    if status["paused_at"] is not None:
+        yield Finding(
+            "info",
+            "paused",
+            node,
+            None,
+            f"paused since {status['paused_at']:%Y-%m-%d %H:%M:%S %Z}",
+            "run `sync-pipeline resume`",
+        )
+    if status["pending"]:
+        yield Finding(
+            "info",
+            "backlog",
+            node,
+            None,
+            f"{status['pending']} events wait, the oldest for {status['oldest_seconds']:.0f} s",
+            "run `sync-pipeline stream` or `sync`",
+        )
+    if status["dead"]:
+        yield Finding(
+            "warning",
+            "failures",
+            node,
+            None,
+            f"{status['dead']} records are out of attempts",
+            "look at `sync-pipeline failures`, mend the cause, then `failures retry`",
+        )
+    if status["conflicts_held"]:
+        yield Finding(
+            "warning",
+            "conflicts",
+            node,
+            None,
+            f"{status['conflicts_held']} conflicts are held",
+            "decide them: `sync-pipeline conflicts resolve ID --winner NODE`",
+        )
+
+
+def _row(connection: Connection, name: str, schema: str, **parameters: Any) -> dict[str, Any]:
+    rows = _rows(connection, name, schema, **parameters)
+    if not rows:
+        raise SyncPipelineError(f"{name} found no row", remedy="run `sync-pipeline install`")
+    return rows[0]
+
+
+def _rows(
+    connection: Connection, name: str, schema: str, **parameters: Any
+) -> list[dict[str, Any]]:
+    with connection.cursor(row_factory=dict_row) as cursor:
+        return cursor.execute(query(queries.get(name, schema)), parameters).fetchall()
