@@ -142,8 +142,39 @@ select
     node, peer, paused_at, system_identifier, database_oid::bigint as database_oid, installed_at, last_pass_at
 from {schema}.sync_node
 
+-- name: read_moment
+-- The node's clock, to bound which events a batch of the ledger may match, and which transactions had ended.
+select
+    pg_catalog.clock_timestamp() as read_at,
+    pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint as oldest_running,
+    pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text::bigint as next_to_start
+
+-- name: read_small_backlog
+-- What waits, by table name, with ids; complete when it adds up to less than the limit.
+with events as (
+    select *
+    from {schema}.waiting_events(%(floor)s, %(limit)s)
+),
+due as (
+    select table_name, count(*) as due_failures, min(first_failed_at) as oldest_at
+    from {schema}.sync_failures
+    where next_attempt_at <= pg_catalog.clock_timestamp()
+    group by table_name
+)
+select
+    table_name,
+    coalesce(events.events, 0) as events,
+    coalesce(events.deletes, 0) as deletes,
+    coalesce(events.first_id, 0) as first_id,
+    coalesce(events.last_id, 0) as last_id,
+    coalesce(events.oldest_at, due.oldest_at) as oldest_at,
+    coalesce(due.due_failures, 0) as due_failures,
+    events.ids::text as ids
+from events
+full join due using (table_name)
+
 -- name: read_backlog
--- One row for each table name that has events or failures that are due, in this snapshot.
+-- The same without ids, for a backlog of any size.
 with events as (
     select
         table_name,
@@ -174,13 +205,15 @@ from events
 full join due using (table_name)
 
 -- name: read_poll
--- What an idle consumer asks: does any event wait, is any failure due.
+-- What an idle consumer asks: does any event wait or is any failure due; and the oldest transaction that runs.
 select
-    exists (select from {schema}.sync_events where id > %(floor)s)
+    {schema}.has_events(%(floor)s)
     or exists (select from {schema}.sync_failures where next_attempt_at <= pg_catalog.clock_timestamp())
+        as waiting,
+    pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint as oldest_running
 
 -- name: read_clock
--- The node's clock, to bound which events a batch of the ledger may match.
+-- The node's clock.
 select pg_catalog.clock_timestamp()
 
 -- name: read_batch_bounds
@@ -399,7 +432,7 @@ set last_pass_at = pg_catalog.clock_timestamp()
 
 -- name: has_pending
 -- True when this node itself has marked anything: then its records may be dirty.
-select exists (select from {schema}.sync_events) or exists (select from {schema}.sync_failures)
+select {schema}.has_events(%(floor)s) or exists (select from {schema}.sync_failures)
 
 -- name: delete_events
 -- Delete events by id.
@@ -498,19 +531,21 @@ order by first_failed_at, table_name, record_id
 limit %(limit)s
 
 -- name: retry_failures
--- Make failures due now; a dead one too.
+-- Make failures due now, dead ones too. Held records wait for a decision on their conflict.
 update {schema}.sync_failures
 set next_attempt_at = pg_catalog.clock_timestamp()
 where (%(table_name)s::text is null or table_name = %(table_name)s)
     and (%(record_ids)s::text[] is null or record_id = any (%(record_ids)s::text[]))
     and (%(state)s::text is null or state = %(state)s)
+    and state <> 'held'
 
 -- name: discard_failures
--- Give failures up.
+-- Give failures up. Held records wait for a decision on their conflict.
 delete from {schema}.sync_failures
 where (%(table_name)s::text is null or table_name = %(table_name)s)
     and (%(record_ids)s::text[] is null or record_id = any (%(record_ids)s::text[]))
     and (%(state)s::text is null or state = %(state)s)
+    and state <> 'held'
 
 -- name: read_conflicts
 -- Conflicts, newest first.

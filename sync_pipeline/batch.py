@@ -35,10 +35,12 @@ class Batch:
     source: str
     target: str
     forget: list[int]
+    target_floor: int
     counts: dict[str, Counts] = field(default_factory=dict, init=False)
     outcomes: list[Outcome] = field(default_factory=list, init=False)
     ids: str = field(default=EMPTY, init=False)
     ledger_id: int = field(default=0, init=False)
+    postponed: dict[str, list[str]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._schema = self.config.schema_name
@@ -263,7 +265,7 @@ class Batch:
         failing = {(refusal.table, refusal.number) for refusal in refused}
         return [
             dirty
-            for dirty in conflicts.find(self.applier, self._schema)
+            for dirty in conflicts.find(self.applier, self._schema, self.target_floor)
             if (dirty.table, dirty.number) not in failing
         ]
 
@@ -305,20 +307,20 @@ class Batch:
 
     def _postpone(self) -> None:
         """Leave deletes of parents to the end of a pass of several batches: their children may still be there."""
-        self._postponed: dict[str, list[str]] = {}
+        self.postponed = {}
         for part in self.parts:
             if part.event_types != UPSERTS:
                 continue
             rows = self._connection.execute(self.applier.statements(part.table).gone_ids).fetchall()
             if rows:
                 self.applier.unstage([number for number, _ in rows], part.table)
-                self._postponed.setdefault(part.table, []).extend(rid for _, rid in rows)
+                self.postponed.setdefault(part.table, []).extend(rid for _, rid in rows)
 
     def _record(self) -> None:
         left_out: list[str] = []
         for part in self.parts:
             failures = [f for f in self._failures if f.table_name == part.table]
-            postponed = self._postponed.get(part.table, [])
+            postponed = self.postponed.get(part.table, [])
             apart = [f.record_id for f in failures] + postponed
             changes = self.snapshot.changes(part, apart) if apart else {}
             outcome = Outcome(
@@ -365,4 +367,4 @@ class Batch:
         for table, number in staged.items():
             entry = self.counts[table]
             written = entry.upserted + entry.deleted + entry.failed + self._lost.get(table, 0)
-            entry.unchanged = max(0, number - written - len(self._postponed.get(table, [])))
+            entry.unchanged = max(0, number - written - len(self.postponed.get(table, [])))

@@ -59,10 +59,13 @@ class _Comparison:
     equal: bool
 
 
-def find(applier: Applier, schema: str) -> list[Dirty]:
-    """Return the staged records that are dirty on the target. Normally one look at an almost empty table."""
+def find(applier: Applier, schema: str, floor: int) -> list[Dirty]:
+    """Return the staged records that are dirty on the target: it has no events up to `floor`.
+
+    Normally one look at an almost empty table.
+    """
     connection = applier.connection
-    if not scalar(connection, query(queries.get("has_pending", schema))):
+    if not scalar(connection, query(queries.get("has_pending", schema)), {"floor": floor}):
         return []
     dirty: list[Dirty] = []
     for table in applier.staged:

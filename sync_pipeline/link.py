@@ -11,18 +11,48 @@ from sync_pipeline.applier import Applier
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, connect, query, scalar
 from sync_pipeline.queries import get as named
+from sync_pipeline.records import Moment
 
 CANCEL_TIMEOUT_SECONDS = 0.5
+WORTHWHILE_ROWS = 5000
 
 
 @dataclass
 class Side:
-    """One node of an open link."""
+    """One node of an open link.
+
+    No event with an id up to `floor` exists or will come, so polls need not pass the dead rows there. A floor is
+    proven in two steps. The greatest id of a snapshot becomes the candidate; whoever was handed a smaller id had
+    begun by then, since a trigger runs in a transaction that has already written. Once a later snapshot, taken when
+    all of those had ended, has been consumed whole, the candidate is the floor.
+    """
 
     node: NodeConfig
     writer: Connection
     reader: Connection
     floor: int = 0
+    _candidate: tuple[int, int] | None = None
+
+    def consumed(self, greatest_id: int, moment: Moment) -> None:
+        """Note that everything in a snapshot has been consumed."""
+        if self._candidate is not None and moment.oldest_running >= self._candidate[1]:
+            self.floor = self._candidate[0]
+            self._candidate = None
+        if self._candidate is None:
+            self._candidate = (max(greatest_id, self.floor), moment.next_to_start)
+
+    def floor_can_rise(self, oldest_running: int) -> bool:
+        """True when one more look would prove a floor that saves polls from many dead rows."""
+        return (
+            self._candidate is not None
+            and self._candidate[0] - self.floor > WORTHWHILE_ROWS
+            and oldest_running >= self._candidate[1]
+        )
+
+    def forget_floor(self) -> None:
+        """Look at everything again: an event inserted by hand can have any id."""
+        self.floor = 0
+        self._candidate = None
 
 
 @dataclass
@@ -56,6 +86,7 @@ class Link:
         self.generation += 1
         self._appliers = {}
         for side in self.sides.values():
+            side.forget_floor()
             side.writer.execute("discard temp")
 
     def prune_conflicts(self) -> None:

@@ -15,7 +15,7 @@ from psycopg.rows import class_row
 from sync_pipeline import queries
 from sync_pipeline.config import RetryConfig
 from sync_pipeline.database import Connection, error_class, query, scalar
-from sync_pipeline.records import Failure, Relation, TableBacklog
+from sync_pipeline.records import Failure, Moment, Relation, TableBacklog
 
 ROWS_IN_MEMORY_BYTES = 8 * 1024 * 1024
 EMPTY = "{}"
@@ -96,19 +96,28 @@ class Snapshot:
         connection: Connection,
         schema: str,
         relations: Mapping[str, Relation],
-        read_at: datetime,
+        moment: Moment,
     ) -> None:
         self._connection = connection
         self._schema = schema
         self._relations = relations
         self._lock = threading.Lock()
-        self.read_at = read_at
+        self.moment = moment
+        self.read_at = moment.read_at
 
-    def backlog(self, floor: int) -> dict[str, TableBacklog]:
-        """Return what waits, by table name; names that nobody configured included."""
+    def backlog(self, floor: int, size: int) -> dict[str, TableBacklog]:
+        """Return what waits above `floor`, by table name; names that nobody configured included.
+
+        Ids come with it when all of it fits a batch of `size`.
+        """
+        rows = self._backlog("read_small_backlog", floor=floor, limit=size + 1)
+        if sum(row.events for row in rows) > size:
+            rows = self._backlog("read_backlog", floor=floor)
+        return {row.table_name: row for row in rows}
+
+    def _backlog(self, name: str, **parameters: int) -> list[TableBacklog]:
         with self._lock, self._connection.cursor(row_factory=class_row(TableBacklog)) as cursor:
-            rows = cursor.execute(self._query("read_backlog"), {"floor": floor})
-            return {row.table_name: row for row in rows}
+            return cursor.execute(self._query(name), parameters).fetchall()
 
     def next_part(
         self, table: str, event_types: tuple[str, ...], after_id: int, last_id: int, size: int
@@ -267,9 +276,12 @@ class Snapshot:
         )
 
 
-def poll(connection: Connection, schema: str, floor: int) -> bool:
-    """True when events wait or a failure is due: what an idle consumer asks, in one short query."""
-    return bool(scalar(connection, query(queries.get("read_poll", schema)), {"floor": floor}))
+def poll(connection: Connection, schema: str, floor: int) -> tuple[bool, int]:
+    """Return whether events wait or a failure is due, and the oldest transaction that runs: one short query."""
+    row = connection.execute(query(queries.get("read_poll", schema)), {"floor": floor}).fetchone()
+    if row is None:
+        raise AssertionError("a query without a table returned no row")
+    return bool(row[0]), int(row[1])
 
 
 @contextmanager
@@ -280,8 +292,11 @@ def snapshot(
     connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
     connection.read_only = True
     with connection.transaction():
-        read_at = scalar(connection, query(queries.get("read_clock", schema)))
-        yield Snapshot(connection, schema, relations, read_at)
+        with connection.cursor(row_factory=class_row(Moment)) as cursor:
+            moment = cursor.execute(query(queries.get("read_moment", schema))).fetchone()
+        if moment is None:
+            raise AssertionError("a query without a table returned no row")
+        yield Snapshot(connection, schema, relations, moment)
 
 
 def acknowledge(

@@ -38,7 +38,9 @@ class Pass:
     _backlog: dict[str, TableBacklog] = field(default_factory=dict, init=False)
     _fetched: list[Part] = field(default_factory=list, init=False)
     _batch: Batch | None = field(default=None, init=False)
+    _fits_one_batch: bool = field(default=True, init=False)
     _ended: bool = field(default=False, init=False)
+    _consumed: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
         self.report = DirectionReport(self.source, self.target)
@@ -71,11 +73,13 @@ class Pass:
         self._snapshot: Snapshot = self._stack.enter_context(
             outbox.snapshot(self._side.reader, self._schema, self._catalog.relations[self.source])
         )
-        self._backlog = self._known(self._snapshot.backlog(self._side.floor))
+        self._backlog = self._known(self._snapshot.backlog(self._side.floor, self._size))
         if self._backlog:
             oldest = min(waiting.oldest_at for waiting in self._backlog.values())
             lag = (self._snapshot.read_at - oldest).total_seconds()
             self.report.lag_seconds = max(lag, 0.0)
+        waiting = sum(table.events + table.due_failures for table in self._backlog.values())
+        self._fits_one_batch = waiting <= self._size
         if self._fits_one_batch:
             dependents = [t for t in self._catalog.tables if t not in self._catalog.parents]
             self._fetched = list(self._parts(dependents, ALL))
@@ -102,13 +106,11 @@ class Pass:
 
     def process_dependents(self) -> DirectionReport:
         """Process dependents, then what was deleted, and wait until the source has acknowledged everything."""
-        if not self._backlog:
-            self.link.unrecovered.discard(self.source)
-        if self._ended or not self._backlog:
+        if self._ended:
             return self.report
         if self._batch is not None:
             self._commit(self._batch)
-        else:
+        elif self._backlog:
             tables = self._catalog.tables
             dependents = [t for t in tables if t not in self._catalog.parents]
             with self._invalid_keys_end_the_pass():
@@ -118,12 +120,10 @@ class Pass:
                 self._drain(self._parts(gone, DELETES))
         self._acknowledger.finish()
         self.link.unrecovered.discard(self.source)
+        if self._consumed:
+            greatest = max((waiting.last_id for waiting in self._backlog.values()), default=0)
+            self._side.consumed(greatest, self._snapshot.moment)
         return self.report
-
-    @property
-    def _fits_one_batch(self) -> bool:
-        waiting = sum(table.events + table.due_failures for table in self._backlog.values())
-        return waiting <= self._size
 
     def _known(self, backlog: dict[str, TableBacklog]) -> dict[str, TableBacklog]:
         """Return the backlog of synced tables; what nobody syncs from here is set aside where it can be seen."""
@@ -151,8 +151,13 @@ class Pass:
             if waiting is None:
                 continue
             after = waiting.first_id - 1
-            while part := self._snapshot.next_part(
-                table, event_types, after, waiting.last_id, self._size
+            if waiting.ids is not None and event_types == ALL:
+                yield Part(table, ALL, waiting.ids, waiting.events, after, waiting.last_id)
+                after = waiting.last_id
+            while after < waiting.last_id and (
+                part := self._snapshot.next_part(
+                    table, event_types, after, waiting.last_id, self._size
+                )
             ):
                 after = part.last_id
                 yield part
@@ -197,6 +202,7 @@ class Pass:
             source=self.source,
             target=self.target,
             forget=self._acknowledger.acknowledged(),
+            target_floor=self.link.sides[self.target].floor,
         )
 
     def _commit(self, batch: Batch) -> None:
@@ -204,6 +210,7 @@ class Pass:
         self._acknowledger.submit(batch, self._snapshot)
         self.report.batches += 1
         self.report.events += sum(part.events for part in batch.parts)
+        self._consumed = self._consumed and not batch.postponed
         for table, counts in batch.counts.items():
             self.report.table(table).add(counts)
 
@@ -280,17 +287,19 @@ def run(link: Link) -> list[DirectionReport]:
     reports = []
     for source, target in link.config.directions:
         with interruptions():
-            if source.name not in link.unrecovered and not outbox.poll(
-                link.sides[source.name].writer,
-                link.config.schema_name,
-                link.sides[source.name].floor,
-            ):
+            if source.name not in link.unrecovered and not _has_work(link, source.name):
                 continue
             with Pass(link, source.name, target.name) as one:
                 one.fetch_dependents()
                 one.process_parents()
                 reports.append(one.process_dependents())
     return reports
+
+
+def _has_work(link: Link, source: str) -> bool:
+    side = link.sides[source]
+    waiting, oldest_running = outbox.poll(side.writer, link.config.schema_name, side.floor)
+    return waiting or side.floor_can_rise(oldest_running)
 
 
 @contextmanager

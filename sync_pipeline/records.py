@@ -60,8 +60,20 @@ class Relation:
 
 
 @dataclass(frozen=True, slots=True)
+class Moment:
+    """When a snapshot was taken: the node's clock, and which transactions had ended by then.
+
+    All transactions before `oldest_running` had; none from `next_to_start` on had begun.
+    """
+
+    read_at: datetime
+    oldest_running: int
+    next_to_start: int
+
+
+@dataclass(frozen=True, slots=True)
 class TableBacklog:
-    """What waits for one table in the snapshot of a pass."""
+    """What waits for one table in the snapshot of a pass; `ids` only where the whole backlog is small."""
 
     table_name: str
     events: int
@@ -70,6 +82,7 @@ class TableBacklog:
     last_id: int
     oldest_at: datetime
     due_failures: int = 0
+    ids: str | None = None
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from sync_pipeline.records import Counts, DirectionReport
 
 SHORTEST_WAIT_SECONDS = 0.002
 STANDBY_SECONDS = 0.5
+IDLE_SHARE = 20.0
 FIRST_BACKOFF_SECONDS = 0.2
 LONGEST_BACKOFF_SECONDS = 15.0
 CATALOG_SECONDS = 30.0
@@ -139,6 +140,7 @@ def _follow(
             if now - pause_checked > PAUSE_CHECK_SECONDS:
                 paused = link.is_paused()
                 pause_checked = now
+        began = time.monotonic()
         reports = [] if paused else passes.run(link)
         if reports:
             totals.add(reports)
@@ -146,7 +148,8 @@ def _follow(
         if any(report.did_something for report in reports):
             wait = SHORTEST_WAIT_SECONDS
         else:
-            _wait(stop, wait, deadline)
+            # Where a look itself is slow, because of dead rows that no vacuum may remove, look less often.
+            _wait(stop, max(wait, IDLE_SHARE * (time.monotonic() - began)), deadline)
             wait = min(wait * 2, link.config.poll_seconds)
 
 

@@ -101,8 +101,43 @@ cross join (
     from {schema}.sync_conflicts
 ) as conflicts;
 
--- The ids of the next events of a table, as ranges, with their greatest id and number. The statistics of a queue are
--- always out of date; the settings keep the planner on the primary key, whatever it believes of the table's size.
+-- The statistics of a queue are always out of date. The settings of the next three functions keep the planner on the
+-- primary key, whatever it believes of the table's size, so that a poll never reads the dead rows below its floor.
+
+-- True when an event above a floor waits.
+create function {schema}.has_events(above_id bigint) returns boolean
+language sql stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+    select exists (select from {schema}.sync_events where id > above_id)
+$$;
+
+-- What waits above a floor, by table, with the ids of all of it: of at most so many events, in no order.
+create function {schema}.waiting_events(above_id bigint, at_most integer)
+returns table (
+    table_name text, events bigint, deletes bigint, first_id bigint, last_id bigint, oldest_at timestamptz,
+    ids int8multirange
+)
+language sql stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+    select
+        table_name,
+        count(*),
+        count(*) filter (where event_type = 'delete'),
+        min(id),
+        max(id),
+        min(created_at),
+        range_agg(int8range(id, id, '[]'))
+    from (select * from {schema}.sync_events where id > above_id limit at_most) as events
+    group by table_name
+$$;
+
+-- The ids of the next events of a table, as ranges, with their greatest id and number.
 create function {schema}.next_events(
     wanted_table text, event_types text[], after_id bigint, up_to_id bigint, batch_size integer,
     out ids int8multirange, out last_id bigint, out events bigint
@@ -136,4 +171,6 @@ exception when others then
 end
 $$;
 revoke all on function {schema}.is_value(text, text) from public;
+revoke all on function {schema}.has_events(bigint) from public;
+revoke all on function {schema}.waiting_events(bigint, integer) from public;
 revoke all on function {schema}.next_events(text, text[], bigint, bigint, integer) from public;

@@ -29,7 +29,7 @@ def look(config: Config, *, always_ask_who_leads: bool = False) -> Glance:
                 install.require(config, node.name, connection)
             except NotInstalled as error:
                 return Glance(obstacle=str(error))
-            if outbox.poll(connection, schema, floor=0):
+            if outbox.poll(connection, schema, floor=0)[0]:
                 waiting.append(node.name)
             elif not always_ask_who_leads:
                 continue
