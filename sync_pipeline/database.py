@@ -81,6 +81,11 @@ def connect(node: NodeConfig, config: Config, role: str) -> Connection:
                 )
             )
         )
+        # A server that crashed must not forget a batch that the other node has heard was committed.
+        connection.execute(
+            "select pg_catalog.set_config(name, 'on', false) from pg_catalog.pg_settings "
+            "where name = 'synchronous_commit' and setting = 'off'"
+        )
     except psycopg.Error as error:
         connection.close()
         raise ConnectionFailed(
