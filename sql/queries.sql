@@ -12,6 +12,11 @@ select
         and (class.relforcerowsecurity or not pg_catalog.pg_has_role(class.relowner, 'usage'))
         and not (select rolbypassrls or rolsuper from pg_catalog.pg_roles where rolname = current_user)
         as row_security,
+    exists (
+        select from pg_catalog.pg_inherits as inherited
+        where inherited.inhrelid = class.oid or (inherited.inhparent = class.oid and class.relkind = 'r')
+    ) as inherits,
+    class.relispartition as is_partition,
     (
         select coalesce(pg_catalog.jsonb_agg(
             pg_catalog.jsonb_build_object(
@@ -783,3 +788,57 @@ where slot.xmin is not null and (not slot.active or pg_catalog.age(slot.xmin) > 
 -- name: examine_clock
 -- The node's clock, to compare with the other's.
 select pg_catalog.clock_timestamp()
+
+-- name: read_glance
+-- What a sensor asks before it starts a run: does anything wait that can be applied, and since when is the node paused.
+select
+    exists (select from {schema}.sync_events)
+    or exists (select from {schema}.sync_failures where next_attempt_at <= pg_catalog.clock_timestamp())
+        as waiting,
+    (select paused_at from {schema}.sync_node) as paused_at
+
+-- name: read_lag
+-- The age in seconds of the oldest event that waits, 0 when none does.
+select coalesce(extract(epoch from pg_catalog.clock_timestamp() - min(created_at)), 0)::double precision
+from {schema}.sync_events
+
+-- name: read_table_status
+-- For each table of which anything waits or failed: events, the age of the oldest in seconds, failures by state.
+with events as (
+    select table_name, count(*) as pending, min(created_at) as oldest_at
+    from {schema}.sync_events
+    group by table_name
+),
+failures as (
+    select
+        table_name,
+        count(*) filter (where state = 'retrying') as retrying,
+        count(*) filter (where state = 'dead') as dead,
+        count(*) filter (where state = 'held') as held
+    from {schema}.sync_failures
+    group by table_name
+)
+select
+    table_name,
+    coalesce(events.pending, 0) as pending,
+    coalesce(extract(epoch from pg_catalog.clock_timestamp() - events.oldest_at), 0)::double precision
+        as oldest_seconds,
+    coalesce(failures.retrying, 0) as retrying,
+    coalesce(failures.dead, 0) as dead,
+    coalesce(failures.held, 0) as held
+from events
+full join failures using (table_name)
+
+-- name: waiting_records
+-- The records of one table ({table}) that wait here: changed and not yet synced, refused, or held by a conflict.
+select record_id from {schema}.sync_events where table_name = {table}
+union
+select record_id from {schema}.sync_failures where table_name = {table}
+union
+select record_id from {schema}.sync_conflicts where table_name = {table} and resolved_at is null
+
+-- name: read_hashing
+-- What decides whether both servers hash a text alike: its bytes, and the hash function itself.
+select
+    pg_catalog.current_setting('server_encoding') as encoding,
+    pg_catalog.hashtextextended('sync-pipeline' collate "C", 1) as probe

@@ -118,6 +118,22 @@ def _relations(
                 f"{row['schema_name']}.{row['table_name']} is not a table",
                 "only ordinary and partitioned tables can be synced",
             )
+        if row["is_partition"]:
+            # A statement that names the partitioned table fires no statement trigger of its partitions.
+            raise place.problem(
+                f"{row['schema_name']}.{row['table_name']} is a partition",
+                "sync the partitioned table that it belongs to",
+            )
+        if row["inherits"]:
+            raise place.problem(
+                f"{row['schema_name']}.{row['table_name']} inherits from a table or is inherited from",
+                "use partitions instead of inheritance, or leave the table out",
+            )
+        if row["row_security"]:
+            raise place.problem(
+                f"row-level security can hide rows of {row['schema_name']}.{row['table_name']}",
+                "connect as the table's owner (without FORCE ROW LEVEL SECURITY) or as a role with BYPASSRLS",
+            )
         columns[node] = _columns(table, node, row, place)
         keys[node] = _key(table, row, columns[node], place)
     first, second = (node.name for node in config.nodes)

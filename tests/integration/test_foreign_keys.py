@@ -337,11 +337,15 @@ def test_random_work_on_a_tree_below_a_cycle_converges(pair: Pair) -> None:
                 f"insert into people values ({number}, {one('teams', 9)}, {one('people', 3)})",
                 f"insert into notes select {number}, id from people limit 1",
                 f"update teams set up = {one('teams', 3)} where id = {one('teams', 9)}",
-                f"update people set team = {one('teams', 5)}, boss = {one('people', 5)} "
-                f"where id = {one('people', 9)}",
+                (
+                    f"update people set team = {one('teams', 5)}, boss = {one('people', 5)} "
+                    f"where id = {one('people', 9)}"
+                ),
                 f"update people set boss = null where team = {one('teams', 9)}",
-                f"delete from teams where id = {one('teams', 2)} and not exists (select from people "
-                "as p join people as b on b.boss = p.id where p.team = teams.id)",
+                (
+                    f"delete from teams where id = {one('teams', 2)} and not exists (select from people "
+                    "as p join people as b on b.boss = p.id where p.team = teams.id)"
+                ),
             ]
         )
 
