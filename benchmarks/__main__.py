@@ -1,6 +1,29 @@
 """Everything, from nothing: `make bench`, or `python -m benchmarks`. One script alone: `python -m benchmarks.drain`."""
 
-from benchmarks import drain, figures
+from benchmarks import (
+    backlog,
+    both_ways,
+    capture,
+    drain,
+    figures,
+    held_snapshot,
+    latency,
+    sustained,
+    tables,
+    trouble,
+)
+
+SCRIPTS = (
+    drain,
+    both_ways,
+    backlog,
+    capture,
+    held_snapshot,
+    sustained,
+    latency,
+    trouble,
+    tables,
+)
 
 if __name__ == "__main__":
-    figures.main(drain.measure, description=__doc__)
+    figures.main(*(script.measure for script in SCRIPTS), description=__doc__)

@@ -47,8 +47,12 @@ class Workload:
     reset: str = ""
 
 
-def single_updates(records: int, rows: int) -> Workload:
-    """`records` transactions that update one row each, scattered over a table of `rows` rows."""
+def single_updates(records: int, rows: int, *, first: int = 0) -> Workload:
+    """`records` transactions that update one row each, scattered over a table of `rows` rows.
+
+    `first` leaves out as many rows: two backlogs of one table need not meet.
+    """
+    last = first + records
     return Workload(
         name=f"{records:,} single-row updates",
         records=records,
@@ -56,14 +60,14 @@ def single_updates(records: int, rows: int) -> Workload:
         tables=("items",),
         backlog=f"""
 do $$ begin
-    for i in 1..{records} loop
+    for i in {first + 1}..{last} loop
         update items
         set amount = amount + 1, note = '{{mark}}', updated_at = clock_timestamp()
         where id = 1 + (i * {STRIDE}::bigint) % {rows};
         commit;
     end loop;
 end $$""",
-        arrived=f"select note = '{{mark}}' from items where id = {1 + records * STRIDE % rows}",
+        arrived=f"select note = '{{mark}}' from items where id = {1 + last * STRIDE % rows}",
     )
 
 
@@ -76,6 +80,30 @@ def one_update(rows: int) -> Workload:
         tables=("items",),
         backlog="update items set amount = amount + 1, note = '{mark}', updated_at = clock_timestamp()",
         arrived="select note = '{mark}' from items where id = 1",
+    )
+
+
+def chunks(records: int, rows: int, size: int = 1000) -> Workload:
+    """Updates of `size` neighbouring rows each, the chunks scattered over a table of `rows` rows.
+
+    However many records: the rows of a batch lie equally close together.
+    """
+    return Workload(
+        name=f"{records:,} updates in statements of {size:,}",
+        records=records,
+        schema=items(rows),
+        tables=("items",),
+        backlog=f"""
+do $$ declare first bigint; begin
+    for i in 1..{records // size} loop
+        first := {size} * ((i * {STRIDE}::bigint) % {rows // size}) + 1;
+        update items
+        set amount = amount + 1, note = '{{mark}}', updated_at = clock_timestamp()
+        where id between first and first + {size - 1};
+        commit;
+    end loop;
+end $$""",
+        arrived="",
     )
 
 

@@ -1,0 +1,86 @@
+"""Drain and poll while somebody holds an old snapshot, so that no vacuum can remove a million consumed events."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psycopg
+
+from benchmarks import drain, figures, workloads
+from benchmarks.arena import Arena, Databases
+from benchmarks.figures import Figure, Options
+from sync_pipeline import passes
+from sync_pipeline.link import lead
+
+EVENTS = 1_000_000
+POLLS = 200
+
+
+def measure(arena: Arena, options: Options) -> list[Figure]:
+    """Drain a backlog and poll an empty one, before and while the snapshot is held."""
+    rows, records = options.of(200_000), options.of(50_000)
+    workload = workloads.single_updates(records, rows)
+    with arena.link("held", workload.schema, workload.tables) as databases:
+
+        def sample(mark: str) -> list[float]:
+            return [
+                records / drain.drain(databases, workload, f"{mark} {number}").seconds
+                for number in range(options.rounds)
+            ]
+
+        free, free_polls = sample("free"), _polls(databases)
+        with _held(databases):
+            _consume(databases, options.of(EVENTS), rows)
+            held, held_polls = sample("held"), _polls(databases)
+    figures.progress(f"    free {free}, held {held}")
+    return [
+        Figure("drain without an old snapshot", free, "records/s"),
+        Figure("drain with one held", held, "records/s"),
+        Figure(
+            "drain with an old snapshot ÷ without",
+            [mine / statistics.median(free) for mine in held],
+            at_least=0.9,
+        ),
+        Figure(
+            "polls with an old snapshot ÷ without",
+            [statistics.median(free_polls) / statistics.median(held_polls)],
+            at_least=0.9,
+            details={"milliseconds": statistics.median(held_polls) * 1000},
+        ),
+    ]
+
+
+@contextmanager
+def _held(databases: Databases) -> Iterator[None]:
+    with psycopg.connect(databases.dsns["crm"]) as session:
+        session.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        session.execute("select")
+        yield
+
+
+def _consume(databases: Databases, events: int, rows: int) -> None:
+    """Let events come and go. Replays: the rows themselves should not grow old versions as well."""
+    databases.source.execute(
+        "insert into sync.sync_events (table_name, record_id, event_type) "
+        "select 'items', 1 + i %% %s, 'update' from generate_series(1, %s) as i",
+        [rows, events],
+    )
+    databases.sync()
+
+
+def _polls(databases: Databases) -> list[float]:
+    """Seconds of looks at an empty backlog, by a worker that leads already."""
+    samples = []
+    with lead(databases.config()) as link:
+        for _ in range(POLLS):
+            started = time.perf_counter()
+            reports = passes.run(link)
+            samples.append(time.perf_counter() - started)
+            if any(report.did_something for report in reports):
+                samples.clear()
+    return samples
+
+
+if __name__ == "__main__":
+    figures.main(measure, description=__doc__)
