@@ -51,6 +51,8 @@ class Listener:
 
     passed: Callable[[list[DirectionReport]], None] = _ignore
     leading: Callable[[], None] = _ignore
+    # The link of a loop that now leads, for who has to cancel its statements from outside.
+    opened: Callable[[Link], None] = _ignore
     standing_by: Callable[[LockTaken], None] = _ignore
     interrupted: Callable[[Exception, float], None] = _ignore
 
@@ -66,7 +68,7 @@ def sync(config: Config, listener: Listener | None = None) -> Totals:
     interruptions = 0
     while True:
         try:
-            with lead(config) as link:
+            with passes.interruptions(), lead(config) as link:
                 if link.is_paused():
                     totals.paused = True
                 else:
@@ -106,7 +108,8 @@ def stream(
     interruptions = 0
     while not stop.is_set() and time.monotonic() < deadline:
         try:
-            with lead(config) as link:
+            with passes.interruptions(), lead(config) as link:
+                listener.opened(link)
                 listener.leading()
                 interruptions = 0
                 _follow(link, stop, deadline, totals, listener)

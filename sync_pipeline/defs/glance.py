@@ -1,11 +1,16 @@
-"""What a sensor asks both nodes at every tick: does anything wait, and if so, may a run start?"""
+"""What sensors and checks ask the nodes. Cheap, and outside of any pass: nobody's lock is touched."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from sync_pipeline import install, locks, outbox
-from sync_pipeline.config import Config
-from sync_pipeline.database import connected, query, scalar
-from sync_pipeline.errors import NotInstalled
+import psycopg
+from psycopg.rows import class_row
+
+from sync_pipeline import install, locks
+from sync_pipeline.config import Config, NodeConfig
+from sync_pipeline.database import Connection, connected, query
+from sync_pipeline.errors import ConnectionFailed, NotInstalled
 from sync_pipeline.queries import get
 
 
@@ -18,24 +23,83 @@ class Glance:
     obstacle: str | None = None
 
 
-def look(config: Config, *, always_ask_who_leads: bool = False) -> Glance:
-    """Ask both nodes: one short query each while nothing waits. Raises `ConnectionFailed`."""
+@dataclass(frozen=True, slots=True)
+class TableStatus:
+    """What waits and what failed of one table on one node."""
+
+    table_name: str
+    pending: int = 0
+    oldest_seconds: float = 0.0
+    retrying: int = 0
+    dead: int = 0
+    held: int = 0
+
+
+def look(config: Config) -> Glance:
+    """Ask whether a pass would find work: one short query for each node, a second where changes wait.
+
+    Raises `ConnectionFailed`.
+    """
     waiting = []
     leader = obstacle = None
-    schema = config.schema_name
     for node in config.nodes:
-        with connected(node, config, "sensor") as connection:
-            try:
-                install.require(config, node.name, connection)
-            except NotInstalled as error:
-                return Glance(obstacle=str(error))
-            if outbox.poll(connection, schema, floor=0)[0]:
-                waiting.append(node.name)
-            elif not always_ask_who_leads:
-                continue
-            if scalar(connection, query(get("is_paused", schema))):
-                obstacle = f"{node.name} is paused; `sync-pipeline resume` ends that"
-            found = locks.leader(connection, config)
-            if found is not None:
-                leader = f"{found} leads on {node.name}"
+        try:
+            with _asking(node, config) as connection:
+                row = connection.execute(query(get("read_glance", config.schema_name))).fetchone()
+                if row is not None and row[1] is not None:
+                    obstacle = (
+                        f"paused on {node.name} since {row[1]:%Y-%m-%d %H:%M:%S %Z};"
+                        " `sync-pipeline resume` ends that"
+                    )
+                if row is not None and row[0]:
+                    waiting.append(node.name)
+                    leader = leader or _leader(connection, config, node)
+        except NotInstalled as error:
+            return Glance(obstacle=str(error))
     return Glance(tuple(waiting), leader, obstacle)
+
+
+def leading(config: Config) -> str | None:
+    """Say who leads, asking both nodes; None when nobody does. Raises `ConnectionFailed`, `NotInstalled`."""
+    for node in config.nodes:
+        with _asking(node, config) as connection:
+            found = _leader(connection, config, node)
+            if found is not None:
+                return found
+    return None
+
+
+def table_statuses(config: Config) -> dict[str, dict[str, TableStatus]]:
+    """Return the status of every synced table by node, then table. Raises `ConnectionFailed`, `NotInstalled`."""
+    statuses = {}
+    for node in config.nodes:
+        with (
+            _asking(node, config) as connection,
+            connection.cursor(row_factory=class_row(TableStatus)) as cursor,
+        ):
+            rows = cursor.execute(query(get("read_table_status", config.schema_name)))
+            found = {row.table_name: row for row in rows}
+        statuses[node.name] = {
+            table.name: found.get(table.name, TableStatus(table.name)) for table in config.tables
+        }
+    return statuses
+
+
+def _leader(connection: Connection, config: Config, node: NodeConfig) -> str | None:
+    found = locks.leader(connection, config)
+    return f"{found} leads on {node.name}" if found is not None else None
+
+
+@contextmanager
+def _asking(node: NodeConfig, config: Config) -> Iterator[Connection]:
+    """Connect for a few short queries; an error says which node it comes from, in one line."""
+    with connected(node, config, "sensor") as connection:
+        try:
+            yield connection
+        except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):
+            # Says what is missing; asked only now, so that a tick costs one query.
+            install.require(config, node.name, connection)
+            raise
+        except psycopg.Error as error:
+            problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConnectionFailed(problem, node=node.name) from error

@@ -1,14 +1,19 @@
 """When Dagster starts runs by itself. The database says who leads; the run list only what was asked for just now."""
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import dagster as dg
 
-from sync_pipeline.config import Config
-from sync_pipeline.defs.glance import look
+from sync_pipeline.defs.glance import leading, look
+from sync_pipeline.defs.names import Names
+from sync_pipeline.errors import NotInstalled
 
+MINIMUM_INTERVAL_SECONDS = 5
 # A run that was started and does not lead after this long is dead or has nothing to do.
 START_SECONDS = 60.0
+# How long before the end of a stream its successor is asked for: a launch takes seconds, a busy queue longer.
+SUCCESSOR_SECONDS = 45.0
 NOT_STARTED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED]
 UNDER_WAY = [
     dg.DagsterRunStatus.STARTING,
@@ -17,13 +22,14 @@ UNDER_WAY = [
 ]
 
 
-def sync_sensor(config: Config, name: str, job: dg.JobDefinition) -> dg.SensorDefinition:
+def sync_sensor(names: Names, job: dg.JobDefinition) -> dg.SensorDefinition:
     """Return the sensor that asks for a pass when something can be applied and nobody leads."""
+    config = names.config
 
     @dg.sensor(
-        name=name,
+        name=names.of("sync_sensor"),
         job=job,
-        minimum_interval_seconds=5,
+        minimum_interval_seconds=MINIMUM_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Asks for a pass when changes wait on either node and no worker leads.",
     )
@@ -36,28 +42,63 @@ def sync_sensor(config: Config, name: str, job: dg.JobDefinition) -> dg.SensorDe
         where = " and ".join(seen.waiting)
         if seen.leader is not None:
             return dg.SkipReason(f"changes wait on {where}; {seen.leader}")
-        coming = on_its_way(context.instance, job.name)
-        if coming is not None:
-            return dg.SkipReason(
-                f"changes wait on {where}; run {coming[:8]} was asked for and is about to lead"
-            )
+        for run_id, seconds in _in_progress(context.instance, job.name):
+            if seconds is None or seconds < START_SECONDS:
+                return dg.SkipReason(
+                    f"changes wait on {where}; run {run_id[:8]} was asked for and is about to lead"
+                )
         return dg.RunRequest(tags={"sync/asked_by": f"changes wait on {where}"})
 
     return sync
 
 
-def on_its_way(instance: dg.DagsterInstance, job_name: str) -> str | None:
-    """Return a run of the job that waits in the queue or was started so recently that it may not lead yet.
+def stream_sensor(
+    names: Names, job: dg.JobDefinition, budget_seconds: float
+) -> dg.SensorDefinition:
+    """Return the sensor that keeps a `stream_job` run alive, and has a successor stand by before it ends."""
+    config = names.config
+    successor_seconds = min(SUCCESSOR_SECONDS, budget_seconds / 2)
 
-    A run that says it is running may be dead, so its status counts only for as long as a start takes.
+    @dg.sensor(
+        name=names.of("stream_sensor"),
+        job=job,
+        minimum_interval_seconds=MINIMUM_INTERVAL_SECONDS,
+        default_status=dg.DefaultSensorStatus.STOPPED,
+        description=(
+            f"Keeps one run of {job.name} alive; {successor_seconds:.0f} seconds before it ends, the next one is asked"
+            " for and stands by."
+        ),
+    )
+    def stream(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        try:
+            leader = leading(config)
+        except NotInstalled as error:
+            return dg.SkipReason(str(error))
+        within_budget = 0
+        for run_id, seconds in _in_progress(context.instance, job.name):
+            run = f"run {run_id[:8]}"
+            if seconds is None or seconds < START_SECONDS:
+                return dg.SkipReason(f"{run} was asked for and leads or stands by")
+            # Whatever its status says, a run that should lead while nobody does is dead.
+            if seconds < budget_seconds - successor_seconds and leader is not None:
+                left = budget_seconds - seconds
+                return dg.SkipReason(f"{run} has {left:.0f} seconds left; {leader}")
+            within_budget += seconds < budget_seconds
+            if within_budget == 2:
+                return dg.SkipReason("two runs are there and neither leads: read their logs")
+        return dg.RunRequest(tags={"sync/asked_by": leader or "nobody leads"})
+
+    return stream
+
+
+def _in_progress(instance: dg.DagsterInstance, job_name: str) -> Iterator[tuple[str, float | None]]:
+    """Yield the unfinished runs of a job, the newest first, with the seconds since their start; None: not started.
+
+    A run that says it is running may be dead, so what its age means is the caller's to judge.
     """
-    statuses = [*NOT_STARTED, *UNDER_WAY]
     now = datetime.now(UTC).timestamp()
-    for record in instance.get_run_records(
-        dg.RunsFilter(job_name=job_name, statuses=statuses), limit=10
-    ):
+    filters = dg.RunsFilter(job_name=job_name, statuses=[*NOT_STARTED, *UNDER_WAY])
+    for record in instance.get_run_records(filters, limit=10):
         run = record.dagster_run
         started = record.start_time or record.create_timestamp.timestamp()
-        if run.status in NOT_STARTED or now - started < START_SECONDS:
-            return run.run_id
-    return None
+        yield run.run_id, None if run.status in NOT_STARTED else now - started

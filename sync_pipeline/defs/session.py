@@ -2,19 +2,21 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import dagster as dg
 from psycopg import pq
 
-from sync_pipeline import passes
+from sync_pipeline import passes, queries
 from sync_pipeline.config import Config
-from sync_pipeline.database import Connection
-from sync_pipeline.errors import LockTaken
+from sync_pipeline.database import query, scalar
+from sync_pipeline.defs.names import Names
+from sync_pipeline.errors import LockTaken, SyncPipelineError
 from sync_pipeline.link import Link, lead
 from sync_pipeline.passes import Pass
+from sync_pipeline.records import Counts
 
 CANCEL_ROUNDS = 10
 CANCEL_ROUND_SECONDS = 0.05
@@ -27,12 +29,18 @@ T = TypeVar("T")
 class Session:
     """What the ops of a run share: the configuration, the link once one of them leads, the pass that is under way."""
 
-    config: Config
+    names: Names
     stood_back: LockTaken | None = field(default=None, init=False)
+    done: Counts = field(default_factory=Counts, init=False)
     _link: Link | None = field(default=None, init=False)
     _current: Pass | None = field(default=None, init=False)
     _exits: ExitStack = field(default_factory=ExitStack, init=False)
     _pass_exits: ExitStack = field(default_factory=ExitStack, init=False)
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the link."""
+        return self.names.config
 
     def lead(self) -> Link | None:
         """Take both locks on the first call. None when another worker leads: `stood_back` says who, for this run."""
@@ -58,6 +66,14 @@ class Session:
             return None
         return current
 
+    def lag(self, node: str) -> float:
+        """Return the age in seconds of the oldest event that waits on a node now. The run must lead."""
+        if self._link is None:
+            raise RuntimeError("the run does not lead")
+        statement = query(queries.get("read_lag", self.config.schema_name))
+        with passes.interruptions():
+            return float(scalar(self._link.sides[node].writer, statement))
+
     def end(self) -> None:
         """End the pass that is under way: close its snapshot."""
         self._current = None
@@ -69,63 +85,67 @@ class Session:
         Dagster raises the termination in the main thread, wherever that is. Here it only ever waits: the stage runs
         beside it, meets the cancelled statement as any other interruption and rolls back in its own order.
         """
-        pool = ThreadPoolExecutor(1, thread_name_prefix="stage")
-        future = pool.submit(_interruptible(stage))
-        try:
-            return future.result()
-        except BaseException:
-            self._cancel(future)
-            raise
-        finally:
-            pool.shutdown(wait=False)
+
+        def interruptible() -> T:
+            with passes.interruptions():
+                return stage()
+
+        with beside(interruptible, lambda: self._link) as running:
+            return running.result()
 
     def close(self) -> None:
         """Give the locks back. Statements that still run are cancelled; nothing is waited for."""
-        self._cancel()
+        cancel(self._link)
         try:
             self.end()
         finally:
             self._link = None
             self._exits.close()
 
-    def _cancel(self, running: Future[T] | None = None) -> None:
+
+@contextmanager
+def beside(work: Callable[[], T], link: Callable[[], Link | None]) -> Iterator[Future[T]]:
+    """Run `work` in a thread for a `with` block, which waits for it.
+
+    However the block is left, what `work` still runs on the link's connections is cancelled, again and again until
+    it ends, for at most half a second.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="beside-dagster")
+    running = pool.submit(work)
+    try:
+        yield running
+    finally:
         for _ in range(CANCEL_ROUNDS):
-            for connection in self._connections:
-                cancel(connection)
-            if running is None or wait([running], CANCEL_ROUND_SECONDS).done:
-                return
-
-    @property
-    def _connections(self) -> list[Connection]:
-        if self._link is None:
-            return []
-        return [c for side in self._link.sides.values() for c in (side.writer, side.reader)]
+            if running.done():
+                break
+            cancel(link())
+            wait([running], CANCEL_ROUND_SECONDS)
+        pool.shutdown(wait=False)
 
 
-def cancel(connection: Connection) -> None:
-    """Cancel the statement that a connection runs, if it runs one."""
-    with suppress(Exception):
-        if connection.info.transaction_status == pq.TransactionStatus.ACTIVE:
-            connection.cancel_safe(timeout=CANCEL_TIMEOUT_SECONDS)
+def cancel(link: Link | None) -> None:
+    """Cancel the statements that the connections of a link run."""
+    for side in link.sides.values() if link is not None else ():
+        for connection in (side.writer, side.reader):
+            with suppress(Exception):
+                if connection.info.transaction_status == pq.TransactionStatus.ACTIVE:
+                    connection.cancel_safe(timeout=CANCEL_TIMEOUT_SECONDS)
 
 
-def resource(config: Config) -> dg.ResourceDefinition:
+def failure(error: SyncPipelineError) -> dg.Failure:
+    """Return what a red run shows: the one line of the error. Rows and keys of PostgreSQL's details stay out."""
+    return dg.Failure(description=str(error), allow_retries=False)
+
+
+def resource(names: Names) -> dg.ResourceDefinition:
     """Return the resource `link` of a run. Setting it up connects nowhere: Dagster may set it up more than once."""
 
     @dg.resource(description="The link to sync; the first op that needs it takes both locks")
     def link(_: dg.InitResourceContext) -> Iterator[Session]:
-        session = Session(config)
+        session = Session(names)
         try:
             yield session
         finally:
             session.close()
 
     return link
-
-
-def _interruptible(stage: Callable[[], T]) -> Callable[[], T]:
-    def run() -> T:
-        with passes.interruptions():
-            return stage()
-
-    return run

@@ -5,12 +5,11 @@ from typing import Any
 
 import dagster as dg
 
-from sync_pipeline.config import Config
-from sync_pipeline.defs.metadata import direction_metadata, sentence
-from sync_pipeline.defs.session import Session
+from sync_pipeline.defs.metadata import counts_in_words, direction_metadata, observations, sentence
+from sync_pipeline.defs.names import Names
+from sync_pipeline.defs.session import Session, failure
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.passes import Pass
-from sync_pipeline.records import DirectionReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ def fetch_dependents(context: dg.OpExecutionContext) -> Stage:
         one = session.begin(source, target)
         report = session.run(one.fetch_dependents)
     except SyncPipelineError as error:
-        raise _failure(error) from None
+        raise failure(error) from None
     context.add_output_metadata({"lag_seconds_before": round(report.lag_seconds, 3)})
     if report.recovered:
         context.log.info("recovered %s batches that a crash had left", report.recovered)
@@ -78,7 +77,7 @@ def process_parents(context: dg.OpExecutionContext, fetched: Stage) -> Stage:
     try:
         report = session.run(one.process_parents)
     except SyncPipelineError as error:
-        raise _failure(error) from None
+        raise failure(error) from None
     return Stage(report.name, "parents")
 
 
@@ -96,10 +95,21 @@ def process_dependents(context: dg.OpExecutionContext, parents: Stage) -> Stage:
         return parents
     try:
         report = session.run(one.process_dependents)
+        lag_after = session.lag(report.source)
         session.end()
     except SyncPipelineError as error:
-        raise _failure(error) from None
-    _tell(context, report)
+        raise failure(error) from None
+    context.add_output_metadata(direction_metadata(report, lag_after))
+    context.log.info(sentence(report))
+    for warning in report.warnings:
+        context.log.warning(warning)
+    for observation in observations(session.names, [report]):
+        context.log_event(observation)
+    if report.did_something:
+        session.done.add(report.total)
+        context.instance.add_run_tags(
+            context.run_id, {"sync/result": counts_in_words(session.done)}
+        )
     return Stage(report.name, "done")
 
 
@@ -109,19 +119,21 @@ def direction(after: Any) -> Any:
     return process_dependents(process_parents(fetch_dependents(after)))
 
 
-def sync_job(config: Config, name: str, **options: Any) -> dg.JobDefinition:
+def sync_job(names: Names, **options: Any) -> dg.JobDefinition:
     """Return the job of one pass: the first node's changes, then the second's."""
-    names = [f"{source.name}_to_{target.name}" for source, target in config.directions]
+    name = names.of("sync_job")
+    first, second = (node.name for node in names.config.nodes)
 
     @dg.graph(
         name=name,
         description=(
-            f"One pass over {config.first.name} and {config.second.name}: each direction takes one snapshot of its"
-            " source. A run that finds another worker leading ends at once as a success that did nothing."
+            f"One pass over {first} and {second}: each direction takes one snapshot of its source. A run that finds"
+            " another worker leading ends at once as a success that did nothing."
         ),
     )
     def both() -> None:
-        direction.alias(names[1])(direction.alias(names[0])())
+        one, other = names.directions
+        direction.alias(other)(direction.alias(one)())
 
     return both.to_job(name=name, executor_def=dg.in_process_executor, **options)
 
@@ -129,10 +141,10 @@ def sync_job(config: Config, name: str, **options: Any) -> dg.JobDefinition:
 def _direction(context: dg.OpExecutionContext) -> tuple[Session, str, str]:
     session: Session = context.resources.link
     parent = context.op_handle.parent
-    for source, target in session.config.directions:
-        if parent is not None and parent.name == f"{source.name}_to_{target.name}":
-            return session, source.name, target.name
-    raise RuntimeError(f"no direction is called {parent}")
+    if parent is None:
+        raise RuntimeError("a stage is part of a direction")
+    source, target = session.names.directions[parent.name]
+    return session, source, target
 
 
 def _pass(context: dg.OpExecutionContext) -> tuple[Session, Pass | None]:
@@ -151,17 +163,6 @@ def _stand_back(context: dg.OpExecutionContext, session: Session) -> Stage:
     context.add_output_metadata({"stood_back": reason})
     context.instance.add_run_tags(context.run_id, {"sync/result": reason[:200]})
     return Stage(str(context.op_handle), "stood back")
-
-
-def _tell(context: dg.OpExecutionContext, report: DirectionReport) -> None:
-    context.add_output_metadata(direction_metadata(report))
-    context.log.info(sentence(report))
-    for warning in report.warnings:
-        context.log.warning(warning)
-
-
-def _failure(error: SyncPipelineError) -> dg.Failure:
-    return dg.Failure(description=str(error), allow_retries=False)
 
 
 def _no_snapshot(step: str) -> dg.Failure:

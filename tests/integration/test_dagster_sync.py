@@ -147,7 +147,7 @@ def test_the_sensor_says_that_the_link_is_paused_or_not_installed(
 ) -> None:
     add_family(link.crm)
     link.crm.execute("update sync.sync_node set paused_at = now()")
-    assert "crm is paused" in tick(link, instance).skipped
+    assert "paused on crm since" in tick(link, instance).skipped
     link.crm.execute("drop schema sync cascade")
     assert "run `sync-pipeline install`" in tick(link, instance).skipped
 
