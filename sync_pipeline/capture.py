@@ -43,6 +43,7 @@ as {body}"""
 
 _BODY = sql.SQL(
     """
+#variable_conflict use_column
 begin
     if pg_trigger_depth() = 1 and current_setting({applying}, true) = {schema_name} then
         return null;

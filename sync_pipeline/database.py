@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, LiteralString, cast
+from typing import Any, Literal, LiteralString, Self, cast
 
 import psycopg
 from psycopg import sql
+from psycopg.abc import Params
+from psycopg.rows import Row
 
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.errors import ConnectionFailed
@@ -49,12 +51,37 @@ _TRANSIENT_CLASSES = {"08", "25", "40", "53", "55", "57", "58", "72", "XX", "F0"
 _DATA_CLASSES = {"21", "22", "23", "27", "2F", "38", "39", "44", "54", "P0"}
 
 
+class _Cursor(psycopg.Cursor[Row]):
+    """Takes `%` in the names and literals of a composed statement as it is, though there are parameters."""
+
+    def execute(
+        self,
+        query: Any,
+        params: Params | None = None,
+        *,
+        prepare: bool | None = None,
+        binary: bool | None = None,
+    ) -> Self:
+        if params is not None and isinstance(query, sql.Composed):
+            query = sql.Composed([_escaped(part) for part in query])
+        return super().execute(query, params, prepare=prepare, binary=binary)
+
+
+def _escaped(part: sql.Composable) -> sql.Composable:
+    if isinstance(part, sql.Composed):
+        return sql.Composed([_escaped(inner) for inner in part])
+    if isinstance(part, sql.SQL | sql.Placeholder):
+        return part
+    return sql.SQL(part.as_string(None).replace("%", "%%"))
+
+
 def connect(node: NodeConfig, config: Config, role: str) -> Connection:
     """Open a connection with the pipeline's session settings. Raises `ConnectionFailed`, without any secret."""
     try:
         connection = psycopg.connect(
             node.dsn.get_secret_value(),
             autocommit=True,
+            cursor_factory=_Cursor,
             connect_timeout=CONNECT_TIMEOUT_SECONDS,
             application_name=f"sync-pipeline {config.schema_name} {role}",
             keepalives_idle=10,
