@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import psycopg
 
@@ -11,7 +11,7 @@ from benchmarks import drain, figures, workloads
 from benchmarks.arena import Arena, Databases
 from benchmarks.figures import Figure, Options
 from sync_pipeline import passes
-from sync_pipeline.link import lead
+from sync_pipeline.link import Link, lead
 
 EVENTS = 1_000_000
 POLLS = 200
@@ -29,10 +29,16 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
                 for number in range(options.rounds)
             ]
 
-        free, free_polls = sample("free"), _polls(databases)
-        with _held(databases):
-            _consume(databases, options.of(EVENTS), rows)
-            held, held_polls = sample("held"), _polls(databases)
+        free = sample("free")
+        with ExitStack() as exits:
+            with lead(databases.config()) as link:
+                free_polls = _polls(link)
+                exits.enter_context(_held(databases))
+                _consume(databases, link, options.of(EVENTS), rows)
+                held_polls = _polls(link)
+            held = sample("held")
+            with lead(databases.config()) as link:
+                fresh_polls = _polls(link)
     figures.progress(f"    free {free}, held {held}")
     return [
         Figure("drain without an old snapshot", free, "records/s"),
@@ -42,11 +48,15 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
             [mine / statistics.median(free) for mine in held],
             at_least=0.9,
         ),
+        Figure("polls without an old snapshot", _milliseconds(free_polls), "ms"),
+        Figure("polls with one held", _milliseconds(held_polls), "ms"),
         Figure(
             "polls with an old snapshot ÷ without",
             [statistics.median(free_polls) / statistics.median(held_polls)],
             at_least=0.9,
-            details={"milliseconds": statistics.median(held_polls) * 1000},
+        ),
+        Figure(
+            "polls with one held, by a worker that just began", _milliseconds(fresh_polls), "ms"
         ),
     ]
 
@@ -59,27 +69,29 @@ def _held(databases: Databases) -> Iterator[None]:
         yield
 
 
-def _consume(databases: Databases, events: int, rows: int) -> None:
+def _consume(databases: Databases, link: Link, events: int, rows: int) -> None:
     """Let events come and go. Replays: the rows themselves should not grow old versions as well."""
     databases.source.execute(
         "insert into sync.sync_events (table_name, record_id, event_type) "
         "select 'items', 1 + i %% %s, 'update' from generate_series(1, %s) as i",
         [rows, events],
     )
-    databases.sync()
+    while passes.run(link):
+        pass
 
 
-def _polls(databases: Databases) -> list[float]:
-    """Seconds of looks at an empty backlog, by a worker that leads already."""
+def _polls(link: Link) -> list[float]:
+    """Seconds of looks at an empty backlog."""
     samples = []
-    with lead(databases.config()) as link:
-        for _ in range(POLLS):
-            started = time.perf_counter()
-            reports = passes.run(link)
-            samples.append(time.perf_counter() - started)
-            if any(report.did_something for report in reports):
-                samples.clear()
+    for _ in range(POLLS):
+        started = time.perf_counter()
+        passes.run(link)
+        samples.append(time.perf_counter() - started)
     return samples
+
+
+def _milliseconds(samples: list[float]) -> list[float]:
+    return [seconds * 1000 for seconds in samples]
 
 
 if __name__ == "__main__":
