@@ -308,11 +308,17 @@ where table_name = %(table_name)s
     and next_attempt_at <= pg_catalog.clock_timestamp()
 
 -- name: read_due_failures
--- The records of a table whose next attempt is due.
-select record_id
-from {schema}.sync_failures
-where table_name = %(table_name)s and next_attempt_at <= pg_catalog.clock_timestamp()
-order by next_attempt_at
+-- The records of a table whose next attempt is due, without those whose events bring them along anyway.
+select failure.record_id
+from {schema}.sync_failures as failure
+where failure.table_name = %(table_name)s
+    and failure.next_attempt_at <= pg_catalog.clock_timestamp()
+    and not exists (
+        select
+        from {schema}.sync_events as event
+        where event.table_name = failure.table_name and event.record_id = failure.record_id
+    )
+order by failure.next_attempt_at
 
 -- name: has_failures
 -- True when any record of this node failed before.

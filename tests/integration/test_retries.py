@@ -1,0 +1,35 @@
+"""A record that failed and is tried again."""
+
+import pytest
+
+from tests.engine import equal, installed, sync_pair
+from tests.helpers import Pair
+
+pytestmark = pytest.mark.core
+
+
+@pytest.mark.parametrize("batch_size", [10_000, 3])
+def test_a_failure_that_is_due_while_its_record_has_an_event_is_one_record(
+    pair: Pair, batch_size: int
+) -> None:
+    pair.config_path.write_text(f"{pair.config_path.read_text()}batch_size: {batch_size}\n")
+    installed(pair)
+    pair.billing.execute("alter table users add constraint adult check (age >= 18)")
+    pair.crm.insert("accounts", id=1, name="one")
+    for number in range(5):
+        pair.crm.insert("users", id=number, account_id=1, email=f"{number}@x.org", age=number)
+    sync_pair(pair)
+    assert pair.crm.value("select count(*) from sync.sync_failures") == 5
+
+    pair.crm.execute("update users set age = 30 where id > 1")
+    pair.crm.execute("update users set name = 'still a child' where id = 1")
+    pair.crm.execute("delete from users where id = 0")
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    sync_pair(pair)
+    assert pair.billing.rows("select id from users order by id") == [(2,), (3,), (4,)]
+    assert pair.crm.rows("select record_id, attempts from sync.sync_failures") == [("1", 2)]
+
+    pair.crm.execute("update users set age = 30 where id = 1")
+    sync_pair(pair)
+    assert equal(pair)
+    assert pair.crm.rows("sync.sync_failures") == []
