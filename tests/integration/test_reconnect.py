@@ -1,0 +1,56 @@
+"""The loop outlives its connections, at whatever moment they are lost."""
+
+import threading
+from itertools import count
+
+from sync_pipeline import stream
+from sync_pipeline.stream import Listener
+from tests.engine import equal, installed
+from tests.helpers import Node, Pair
+
+DISCONNECT = """
+select pg_terminate_backend(pid) from pg_stat_activity
+where application_name like 'sync-pipeline %' and datname = current_database()
+"""
+
+
+def disconnect(node: Node) -> None:
+    """End the pipeline's sessions on a node."""
+    node.execute(DISCONNECT)
+
+
+def test_a_stream_survives_connections_that_are_lost_as_soon_as_it_leads(pair: Pair) -> None:
+    config = installed(pair)
+    pair.crm.insert("accounts", id=1, name="one")
+    stop = threading.Event()
+    interruptions: list[Exception] = []
+    leads = count()
+
+    def leading() -> None:
+        if next(leads) < 3:
+            disconnect(pair.crm)
+
+    listener = Listener(
+        leading=leading,
+        passed=lambda _: stop.set(),
+        interrupted=lambda error, _: interruptions.append(error),
+    )
+    stream.stream(config, stop, seconds=60, listener=listener)
+    assert len(interruptions) == 3
+    assert equal(pair)
+
+
+def test_a_sync_survives_connections_that_are_lost_between_two_passes(pair: Pair) -> None:
+    config = installed(pair)
+    pair.crm.insert("accounts", id=1, name="one")
+    interruptions: list[Exception] = []
+
+    def passed(_: object) -> None:
+        if not interruptions:
+            disconnect(pair.billing)
+
+    stream.sync(
+        config, Listener(passed=passed, interrupted=lambda error, _: interruptions.append(error))
+    )
+    assert len(interruptions) == 1
+    assert equal(pair)
