@@ -169,6 +169,7 @@ due as (
 select
     table_name,
     coalesce(events.events, 0) as events,
+    coalesce(events.inserts, 0) as inserts,
     coalesce(events.deletes, 0) as deletes,
     coalesce(events.first_id, 0) as first_id,
     coalesce(events.last_id, 0) as last_id,
@@ -184,6 +185,7 @@ with events as (
     select
         table_name,
         count(*) as events,
+        count(*) filter (where event_type = 'insert') as inserts,
         count(*) filter (where event_type = 'delete') as deletes,
         min(id) as first_id,
         max(id) as last_id,
@@ -201,6 +203,7 @@ due as (
 select
     table_name,
     coalesce(events.events, 0) as events,
+    coalesce(events.inserts, 0) as inserts,
     coalesce(events.deletes, 0) as deletes,
     coalesce(events.first_id, 0) as first_id,
     coalesce(events.last_id, 0) as last_id,
@@ -223,7 +226,7 @@ select pg_catalog.clock_timestamp()
 
 -- name: read_batch_bounds
 -- The ids of the next events of a table, as ranges, with their greatest id and number.
-select ids::text, last_id, events
+select ids::text, last_id, events, inserts
 from {schema}.next_events(
     %(table_name)s, %(event_types)s::text[], %(after_id)s, %(last_id)s, %(batch_size)s
 )

@@ -48,6 +48,8 @@ class Applier:
         self._statements: dict[tuple[str, bool], TableStatements] = {}
         self._textual: set[str] = set()
         self.staged: dict[str, list[Part]] = {}
+        # Inserts first are cheaper for new records; updates first free unique values that inserts may want.
+        self.expect_new = True
         self._numbers: dict[str, tuple[int, int]] = {}
 
     def statements(self, table: str) -> TableStatements:
@@ -65,6 +67,7 @@ class Applier:
     def prepare(self, tables: Iterable[str], *, textual: bool = False) -> None:
         """Make the staging tables that a batch needs, before its transaction begins."""
         self.staged = {}
+        self.expect_new = True
         self._numbers = {}
         self._textual = set(tables) if textual else set()
         for table in tables:
@@ -117,8 +120,10 @@ class Applier:
         columns: list[sql.Composed] = []
         for number, table in enumerate(step.tables):
             statements = self.statements(table)
-            compose = statements.upsert if step.phase == "upsert" else statements.delete
-            expressions, count = compose(number)
+            if step.phase == "upsert":
+                expressions, count = statements.upsert(number, mostly_new=self._mostly_new(table))
+            else:
+                expressions, count = statements.delete(number)
             parts += expressions
             columns.append(count)
         first, last = span or self.numbers(step.tables)
@@ -135,6 +140,12 @@ class Applier:
                 entry.upserted += written
             else:
                 entry.deleted += written
+
+    def _mostly_new(self, table: str) -> bool:
+        if not self.expect_new:
+            return False
+        parts = self.staged[table]
+        return 2 * sum(part.inserts for part in parts) > sum(part.events for part in parts)
 
     def numbers(self, tables: Iterable[str]) -> tuple[int, int]:
         """Return the least and greatest number of the staged records of some tables."""

@@ -18,6 +18,7 @@ from sync_pipeline.records import Counts, Failure
 
 MAX_ROUNDS = 8
 FOREIGN_KEY_VIOLATION = "23503"
+UNIQUE_VIOLATION = "23505"
 
 
 @dataclass
@@ -136,6 +137,10 @@ class Batch:
             self._rollback()
             sqlstate = self._error.sqlstate
             self._error = None
+            if sqlstate == UNIQUE_VIOLATION and self.applier.expect_new:
+                self.applier.expect_new = False
+                self._savepoint()
+                continue
             if sqlstate == FOREIGN_KEY_VIOLATION and self._bring_parents():
                 self._savepoint()
                 continue

@@ -36,6 +36,7 @@ class Part:
     event_types: tuple[str, ...]
     ids: str = EMPTY
     events: int = 0
+    inserts: int = 0
     after_id: int = 0
     last_id: int = 0
     retried: tuple[str, ...] = ()
@@ -136,8 +137,8 @@ class Snapshot:
             ).fetchone()
         if row is None or row[0] is None:
             return None
-        ids, greatest, events = row
-        return Part(table, event_types, ids, events, after_id, greatest)
+        ids, greatest, events, inserts = row
+        return Part(table, event_types, ids, events, inserts, after_id, greatest)
 
     def due_failures(self, table: str, size: int, event_types: tuple[str, ...]) -> Iterator[Part]:
         """Yield the records of a table whose next attempt is due, in parts of at most `size`."""

@@ -151,8 +151,12 @@ class Pass:
             if waiting is None:
                 continue
             after = waiting.first_id - 1
+            if event_types == DELETES and not waiting.deletes:
+                after = waiting.last_id
             if waiting.ids is not None and event_types == ALL:
-                yield Part(table, ALL, waiting.ids, waiting.events, after, waiting.last_id)
+                yield Part(
+                    table, ALL, waiting.ids, waiting.events, waiting.inserts, after, waiting.last_id
+                )
                 after = waiting.last_id
             while after < waiting.last_id and (
                 part := self._snapshot.next_part(

@@ -77,6 +77,7 @@ class TableBacklog:
 
     table_name: str
     events: int
+    inserts: int
     deletes: int
     first_id: int
     last_id: int

@@ -11,6 +11,9 @@ from psycopg import sql
 from sync_pipeline.capture import SAME_WHEN_EQUAL, record_id
 from sync_pipeline.records import ForeignKey, Relation
 
+# The records of a statement that are there on the source.
+_CHOSEN = sql.SQL("s.present and s.n between %(first)s and %(last)s")
+
 
 @dataclass(frozen=True)
 class TableStatements:
@@ -94,85 +97,88 @@ class TableStatements:
     @property
     def differs(self) -> sql.Composed:
         """True when the user's row `t` is not, to the byte, the staged row `s`."""
+        return self._differ("s")
+
+    def _differ(self, other: str) -> sql.Composed:
         fields = self.compared
         if not fields:
             return sql.SQL("false").format()
         return sql.SQL("row({})::record operator(pg_catalog.*<>) row({})::record").format(
-            sql.SQL(", ").join(self._own(field) for field in fields),
-            sql.SQL(", ").join(self.staged(field) for field in fields),
+            sql.SQL(", ").join(self._own(field, "t") for field in fields),
+            sql.SQL(", ").join(
+                self.staged(field) if other == "s" else self._own(field, other) for field in fields
+            ),
         )
 
-    def _own(self, field: str) -> sql.Composed:
+    def _own(self, field: str, alias: str) -> sql.Composed:
         column = self.relation.columns[field]
         base = "" if column.domain is None else "::" + column.type_name
-        return sql.SQL("t.{}" + base).format(self.column(field))
+        return sql.SQL(alias + ".{}" + base).format(self.column(field))
 
-    def upsert(self, number: int) -> tuple[list[sql.Composed], sql.Composed]:
+    def upsert(self, number: int, *, mostly_new: bool) -> tuple[list[sql.Composed], sql.Composed]:
         """Compose the parts of a WITH that write the present records, and the count of what they wrote.
 
-        Existing rows are updated where they differ, then missing ones inserted; the insert is skipped when the
-        update already met every record. A row inserted meanwhile by an application is updated.
+        Records that are mostly new are inserted, and updated where they exist and differ. Others are updated where
+        they differ, then the missing ones inserted; that insert is skipped when the update met every record.
         """
         payload = [f for f in self.compared if self.relation.columns[f].identity != "a"]
-        parts = []
+        if not payload or (mostly_new and not self.relation.key_is_deferrable):
+            return self._insert(number, payload, sql.SQL("true"))
         updated = sql.SQL(f"updated_{number}")
-        inserted = sql.SQL(f"inserted_{number}")
-        chosen = sql.SQL("s.present and s.n between %(first)s and %(last)s")
+        update = sql.SQL(
+            "{name} as (update {target} as t set {assignments} from {stage} as s "
+            "where {same_key} and {chosen} and {differs} returning 1)"
+        ).format(
+            name=updated,
+            target=self.target,
+            assignments=sql.SQL(", ").join(
+                sql.SQL("{} = {}").format(self.column(field), self.staged(field))
+                for field in payload
+            ),
+            stage=self.stage,
+            same_key=self.same_key(),
+            chosen=_CHOSEN,
+            differs=self.differs,
+        )
+        missing = sql.SQL(
+            "(select count(*) from {updated}) < %(last)s - %(first)s + 1 "
+            "and not exists (select from {target} as t where {same_key})"
+        ).format(updated=updated, target=self.target, same_key=self.same_key())
+        insert, inserted = self._insert(number, payload, missing)
+        count = sql.SQL("(select count(*) from {}) + {}").format(updated, inserted)
+        return [update, *insert], count
+
+    def _insert(
+        self, number: int, payload: list[str], condition: sql.Composable
+    ) -> tuple[list[sql.Composed], sql.Composed]:
+        name = sql.SQL(f"inserted_{number}")
         conflict: sql.Composable = sql.SQL("")
-        counts = []
-        if payload:
-            parts.append(
-                sql.SQL(
-                    "{name} as (update {target} as t set {assignments} from {stage} as s "
-                    "where {same_key} and {chosen} and {differs} returning 1)"
-                ).format(
-                    name=updated,
-                    target=self.target,
-                    assignments=sql.SQL(", ").join(
-                        sql.SQL("{} = {}").format(self.column(field), self.staged(field))
-                        for field in payload
-                    ),
-                    stage=self.stage,
-                    same_key=self.same_key(),
-                    chosen=chosen,
-                    differs=self.differs,
-                )
-            )
-            counts.append(sql.SQL("(select count(*) from {})").format(updated))
         if not self.relation.key_is_deferrable:
             key = sql.SQL(", ").join(self.column(field) for field in self.relation.key)
             action: sql.Composable = sql.SQL("do nothing")
             if payload:
-                action = sql.SQL("do update set {}").format(
+                action = sql.SQL("do update set {} where {}").format(
                     sql.SQL(", ").join(
                         sql.SQL("{0} = excluded.{0}").format(self.column(field))
                         for field in payload
-                    )
+                    ),
+                    self._differ("excluded"),
                 )
-            conflict = sql.SQL("on conflict ({}) {}").format(key, sql.SQL("{}").format(action))
-        parts.append(
-            sql.SQL(
-                "{name} as (insert into {target} as t ({columns}) overriding system value "
-                "select {values} from {stage} as s where {chosen} and {unmet} "
-                "and not exists (select from {target} as t where {same_key}) order by s.n {conflict} returning 1)"
-            ).format(
-                name=inserted,
-                target=self.target,
-                columns=sql.SQL(", ").join(self.column(field) for field in self.relation.fields),
-                values=sql.SQL(", ").join(self.staged(field) for field in self.relation.fields),
-                stage=self.stage,
-                chosen=chosen,
-                unmet=sql.SQL("(select count(*) from {}) < %(last)s - %(first)s + 1").format(
-                    updated
-                )
-                if payload
-                else sql.SQL("true"),
-                same_key=self.same_key(),
-                conflict=conflict,
-            )
+            conflict = sql.SQL("on conflict ({}) {}").format(key, action)
+        part = sql.SQL(
+            "{name} as (insert into {target} as t ({columns}) overriding system value "
+            "select {values} from {stage} as s where {chosen} and {condition} order by s.n {conflict} returning 1)"
+        ).format(
+            name=name,
+            target=self.target,
+            columns=sql.SQL(", ").join(self.column(field) for field in self.relation.fields),
+            values=sql.SQL(", ").join(self.staged(field) for field in self.relation.fields),
+            stage=self.stage,
+            chosen=_CHOSEN,
+            condition=condition,
+            conflict=conflict,
         )
-        counts.append(sql.SQL("(select count(*) from {})").format(inserted))
-        return parts, sql.SQL(" + ").join(counts)
+        return [part], sql.SQL("(select count(*) from {})").format(name)
 
     def delete(self, number: int) -> tuple[list[sql.Composed], sql.Composed]:
         """Compose the part of a WITH that deletes the records that are gone, and its count."""

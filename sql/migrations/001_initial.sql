@@ -117,7 +117,7 @@ $$;
 -- What waits above a floor, by table, with the ids of all of it: of at most so many events, in no order.
 create function {schema}.waiting_events(above_id bigint, at_most integer)
 returns table (
-    table_name text, events bigint, deletes bigint, first_id bigint, last_id bigint, oldest_at timestamptz,
+    table_name text, events bigint, inserts bigint, deletes bigint, first_id bigint, last_id bigint, oldest_at timestamptz,
     ids int8multirange
 )
 language sql stable
@@ -128,6 +128,7 @@ as $$
     select
         table_name,
         count(*),
+        count(*) filter (where event_type = 'insert'),
         count(*) filter (where event_type = 'delete'),
         min(id),
         max(id),
@@ -140,7 +141,7 @@ $$;
 -- The ids of the next events of a table, as ranges, with their greatest id and number.
 create function {schema}.next_events(
     wanted_table text, event_types text[], after_id bigint, up_to_id bigint, batch_size integer,
-    out ids int8multirange, out last_id bigint, out events bigint
+    out ids int8multirange, out last_id bigint, out events bigint, out inserts bigint
 )
 language sql stable
 set search_path = pg_catalog, pg_temp
@@ -148,9 +149,9 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_sort = off
 as $$
-    select range_agg(int8range(id, id, '[]')), max(id), count(*)
+    select range_agg(int8range(id, id, '[]')), max(id), count(*), count(*) filter (where event_type = 'insert')
     from (
-        select id
+        select id, event_type
         from {schema}.sync_events
         where id > after_id and id <= up_to_id and table_name = wanted_table and event_type = any (event_types)
         order by id
