@@ -1,0 +1,291 @@
+"""What the pipeline costs, counted and not timed: statements, round trips, commits, rows and WAL."""
+
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+from psycopg import pq
+
+from sync_pipeline import passes
+from sync_pipeline.link import Link, lead
+from tests.engine import config_of, equal, installed
+from tests.helpers import Node, Pair, write_config
+
+FEW = 10
+MANY = 2_000
+BATCH = MANY // 10
+ROUND_TRIPS_PER_BATCH = 30
+# The rows here are about 40 bytes, each index entry 16; with the headers of WAL records, and some for what runs beside.
+SOURCE_WAL_BYTES_PER_EVENT = 90
+TARGET_WAL_BYTES_PER_EVENT = 300
+TARGET_WAL_BYTES_OF_A_BATCH = 4_000
+# Of the 500 blocks or so that hold the dead events of the test. Up to 5,000 of them are not worth a look.
+BLOCKS_PER_POLL = 80
+# psycopg prepares what it has met five times, in one round trip more.
+PASSES_UNTIL_PREPARED = 8
+
+
+@pytest.fixture
+def pair(pair: Pair) -> Pair:
+    """Two databases with the pipeline installed and accounts on both, in sync."""
+    installed(pair)
+    for node in pair.nodes:
+        # No vacuum or analysis while something is counted.
+        for table in ("accounts", "sync.sync_events", "sync.sync_applied"):
+            node.execute(f"alter table {table} set (autovacuum_enabled = off)")
+    add_accounts(pair.crm, MANY)
+    with lead(config_of(pair)) as link:
+        consume(link)
+    return pair
+
+
+@pytest.fixture
+def link(pair: Pair) -> Iterator[Link]:
+    """A worker that leads and has made its staging tables."""
+    with lead(config_of(pair)) as link:
+        rename(pair.crm, FEW, "first")
+        consume(link)
+        yield link
+
+
+@pytest.fixture
+def warm_link(pair: Pair, link: Link) -> Link:
+    """A worker that has been at work for a while."""
+    for number in range(PASSES_UNTIL_PREPARED):
+        rename(pair.crm, FEW, f"warm {number}")
+        consume(link)
+    return link
+
+
+def add_accounts(node: Node, count: int, *, first: int = 1) -> None:
+    node.execute(
+        "insert into accounts (id, name) select i, 'account ' || i from generate_series(%s::int, %s::int) as i",
+        first,
+        first + count - 1,
+    )
+
+
+def rename(node: Node, count: int, name: str) -> None:
+    """Change the first accounts."""
+    node.execute("update accounts set name = %s where id <= %s", name, count)
+
+
+def remove_accounts(node: Node) -> None:
+    node.execute("delete from accounts")
+
+
+def replay(node: Node, count: int) -> None:
+    """Mark the first accounts, which do not change."""
+    node.execute(
+        "insert into sync.sync_events (table_name, record_id, event_type)"
+        " select 'accounts', i::text, 'update' from generate_series(1, %s::int) as i",
+        count,
+    )
+
+
+def consume(link: Link) -> None:
+    """Pass until nothing is left."""
+    for _ in range(100):
+        if not passes.run(link):
+            return
+    raise AssertionError("the passes do not end")
+
+
+@contextmanager
+def traced(link: Link) -> Iterator[dict[str, Counter[str]]]:
+    """Count what the servers answer to each connection: by command, and `round trip` for each end of an answer."""
+    connections = {
+        f"{name} {role}": connection
+        for name, side in link.sides.items()
+        for role, connection in (("writer", side.writer), ("reader", side.reader))
+    }
+    files = {name: tempfile.TemporaryFile() for name in connections}  # noqa: SIM115 - closed below
+    counts: dict[str, Counter[str]] = {}
+    for name, connection in connections.items():
+        connection.pgconn.trace(files[name].fileno())
+        connection.pgconn.set_trace_flags(pq.Trace.SUPPRESS_TIMESTAMPS)
+    try:
+        yield counts
+    finally:
+        for name, connection in connections.items():
+            connection.pgconn.untrace()
+            with files[name] as file:
+                file.seek(0)
+                counts[name] = _answers(file.read().decode())
+
+
+def _answers(trace: str) -> Counter[str]:
+    commands = re.findall(r'^B\t\d+\tCommandComplete\t "([A-Z ]+?)[ \d]*"$', trace, re.MULTILINE)
+    round_trips = re.findall(r"^B\t\d+\tReadyForQuery\t", trace, re.MULTILINE)
+    return Counter(commands) + Counter({"round trip": len(round_trips)})
+
+
+def written(node: Node, link: Link, table: str) -> Counter[str]:
+    """How many rows of a table were inserted, updated and deleted so far."""
+    for side in link.sides.values():
+        # Sent at the end of the next transaction instead of within a second.
+        side.writer.execute("select pg_stat_force_next_flush()")
+        side.writer.execute("select")
+    row = node.rows(
+        "select n_tup_ins, n_tup_upd, n_tup_del from pg_stat_user_tables where relid = %s::regclass",
+        table,
+    )[0]
+    return Counter(dict(zip(("inserted", "updated", "deleted"), row, strict=True)))
+
+
+def wal_position(node: Node) -> int:
+    """How many bytes of WAL the node's server has written so far."""
+    return int(node.value("select pg_current_wal_insert_lsn() - '0/0'"))
+
+
+def needs_trace() -> pytest.MarkDecorator:
+    return pytest.mark.skipif(sys.platform != "linux", reason="psycopg traces on Linux only")
+
+
+@needs_trace()
+@pytest.mark.parametrize("change", [replay, lambda node, count: rename(node, count, f"to {count}")])
+def test_a_batch_takes_as_many_statements_round_trips_and_commits_whatever_its_rows(
+    pair: Pair, warm_link: Link, change: Callable[[Node, int], None]
+) -> None:
+    counts = []
+    for count in (FEW, MANY):
+        change(pair.crm, count)
+        with traced(warm_link) as counted:
+            passes.run(warm_link)
+        counts.append(counted)
+
+    assert counts[0] == counts[1]
+    assert counts[0]["billing writer"]["COPY"] == 1
+
+
+@needs_trace()
+def test_an_idle_look_is_one_round_trip_per_node(warm_link: Link) -> None:
+    with traced(warm_link) as counted:
+        passes.run(warm_link)
+
+    assert {name: counts["round trip"] for name, counts in counted.items()} == {
+        "crm writer": 1,
+        "crm reader": 0,
+        "billing writer": 1,
+        "billing reader": 0,
+    }
+
+
+@needs_trace()
+def test_every_batch_of_a_large_backlog_takes_as_many_round_trips(pair: Pair) -> None:
+    write_config(pair.config_path, batch_size=BATCH)
+    with lead(config_of(pair)) as link:
+        rename(pair.crm, MANY, "warm")
+        consume(link)
+        round_trips = {}
+        for batches in (4, 8):
+            rename(pair.crm, batches * BATCH, f"{batches} batches")
+            with traced(link) as counted:
+                passes.run(link)
+            round_trips[batches] = sum(counts["round trip"] for counts in counted.values())
+
+    assert round_trips[8] - round_trips[4] <= 4 * ROUND_TRIPS_PER_BATCH
+
+
+def test_each_changed_row_is_written_once_on_the_target(pair: Pair, link: Link) -> None:
+    before = written(pair.billing, link, "accounts")
+    rename(pair.crm, MANY, "once")
+    add_accounts(pair.crm, MANY, first=MANY + 1)
+    pair.crm.execute("delete from accounts where id > %s", MANY + MANY // 2)
+    pair.crm.execute("delete from accounts where id <= %s", FEW)
+    consume(link)
+
+    after = written(pair.billing, link, "accounts")
+    assert after - before == {"updated": MANY - FEW, "inserted": MANY // 2, "deleted": FEW}
+    assert equal(pair)
+
+
+def test_a_record_that_changed_many_times_is_written_once(pair: Pair, link: Link) -> None:
+    before = written(pair.billing, link, "accounts")
+    for number in range(5):
+        rename(pair.crm, MANY, f"time {number}")
+    consume(link)
+
+    assert written(pair.billing, link, "accounts") - before == {"updated": MANY}
+    assert equal(pair)
+
+
+def test_rows_that_are_equal_already_are_not_written(pair: Pair, link: Link) -> None:
+    before = written(pair.billing, link, "accounts")
+    replay(pair.crm, MANY)
+    wal = wal_position(pair.billing)
+    consume(link)
+
+    assert wal_position(pair.billing) - wal < TARGET_WAL_BYTES_OF_A_BATCH
+    assert written(pair.billing, link, "accounts") == before
+
+
+def test_the_ledger_costs_the_target_one_row_a_batch(pair: Pair, link: Link) -> None:
+    before = written(pair.billing, link, "sync.sync_applied")
+    rename(pair.crm, MANY, "in one batch")
+    consume(link)
+
+    assert written(pair.billing, link, "sync.sync_applied") - before == {
+        "inserted": 1,
+        "deleted": 1,
+    }
+    assert written(pair.billing, link, "sync.sync_events").total() == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda node: rename(node, MANY, "logged"),
+        lambda node: add_accounts(node, MANY, first=MANY + 1),
+        remove_accounts,
+    ],
+    ids=["updates", "inserts", "deletes"],
+)
+def test_a_change_costs_few_bytes_of_wal(
+    pair: Pair, link: Link, change: Callable[[Node], None]
+) -> None:
+    change(pair.crm)
+    source, target = wal_position(pair.crm), wal_position(pair.billing)
+    consume(link)
+
+    assert (wal_position(pair.crm) - source) / MANY < SOURCE_WAL_BYTES_PER_EVENT
+    assert (wal_position(pair.billing) - target) / MANY < TARGET_WAL_BYTES_PER_EVENT
+
+
+def test_idle_looks_write_nothing(pair: Pair, link: Link) -> None:
+    before = [wal_position(node) for node in pair.nodes]
+    for _ in range(100):
+        assert not passes.run(link)
+
+    assert [wal_position(node) for node in pair.nodes] == before
+
+
+def test_an_idle_look_reads_a_few_blocks_however_many_dead_events_lie_there(
+    pair: Pair, link: Link
+) -> None:
+    with pair.crm.connect(autocommit=False) as reader:
+        reader.execute("set transaction isolation level repeatable read")
+        reader.execute("select")
+        for number in range(20):
+            rename(pair.crm, MANY, f"dead {number}")
+            consume(link)
+        before = _blocks_read(pair.crm, link)
+        for _ in range(FEW):
+            passes.run(link)
+        blocks = _blocks_read(pair.crm, link) - before
+
+    assert blocks <= FEW * BLOCKS_PER_POLL
+
+
+def _blocks_read(node: Node, link: Link) -> int:
+    written(node, link, "sync.sync_events")
+    return int(
+        node.value(
+            "select sum(heap_blks_hit + heap_blks_read + idx_blks_hit + idx_blks_read)"
+            " from pg_statio_user_tables where relid = 'sync.sync_events'::regclass"
+        )
+    )
