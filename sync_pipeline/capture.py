@@ -44,12 +44,14 @@ as {body}"""
 _BODY = sql.SQL(
     """
 #variable_conflict use_column
+declare
+    consumer xid8 := case when current_setting({applying}, true) = {schema_name} then pg_current_xact_id() end;
 begin
-    if pg_trigger_depth() = 1 and current_setting({applying}, true) = {schema_name} then
+    if consumer is not null and pg_trigger_depth() = 1 then
         return null;
     end if;
     if tg_op = 'UPDATE' then
-        insert into {events} (table_name, record_id, event_type)
+        insert into {events} (table_name, record_id, event_type, caused_by)
         select
             {table},
             case when new_rows.marker then {new_key} else {old_key} end,
@@ -57,23 +59,24 @@ begin
                 when new_rows.marker and old_rows.marker then 'update'
                 when new_rows.marker then 'insert'
                 else 'delete'
-            end
+            end,
+            consumer
         from (select true as marker, {new_columns} from new_rows) as new_rows
         full join (select true as marker, {old_columns} from old_rows) as old_rows
             on {same_key}
         where new_rows.marker is null or old_rows.marker is null
             or row({new_values})::record operator(pg_catalog.*<>) row({old_values})::record;
     elsif tg_op = 'INSERT' then
-        insert into {events} (table_name, record_id, event_type)
-        select {table}, {new_key}, 'insert'
+        insert into {events} (table_name, record_id, event_type, caused_by)
+        select {table}, {new_key}, 'insert', consumer
         from (select {key_columns} from new_rows) as new_rows;
     elsif tg_op = 'DELETE' then
-        insert into {events} (table_name, record_id, event_type)
-        select {table}, {old_key}, 'delete'
+        insert into {events} (table_name, record_id, event_type, caused_by)
+        select {table}, {old_key}, 'delete', consumer
         from (select {key_columns} from old_rows) as old_rows;
     else
-        insert into {events} (table_name, record_id, event_type)
-        select {table}, {old_key}, 'delete'
+        insert into {events} (table_name, record_id, event_type, caused_by)
+        select {table}, {old_key}, 'delete', consumer
         from (select {key_columns} from {relation}) as old_rows;
     end if;
     return null;

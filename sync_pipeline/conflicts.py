@@ -228,6 +228,8 @@ with pending as (
     select record_id, created_at as changed_at, event_type, id as event_id
     from {events}
     where table_name = {table}
+        -- What our own rows made triggers do is news for the source, not a change that it did not know.
+        and caused_by is distinct from pg_catalog.pg_current_xact_id()
     union all
     select record_id, changed_at, event_type, null
     from {failures}

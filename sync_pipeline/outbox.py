@@ -193,7 +193,7 @@ class Snapshot:
         )
         statement = sql.SQL(
             "copy (select {first} + row_number() over () - 1, true, {columns} from {relation} as t "
-            "where ({names}) in ({wanted})) to stdout"
+            "where ({names}) in ({wanted}) and ({condition})) to stdout"
         ).format(
             first=first_number,
             columns=_columns(relation, "t"),
@@ -202,6 +202,7 @@ class Snapshot:
                 sql.SQL("t.{}").format(sql.Identifier(c.name)) for c in columns
             ),
             wanted=wanted,
+            condition=sql.SQL(relation.where or "true"),
         )
         rows = tempfile.SpooledTemporaryFile(max_size=ROWS_IN_MEMORY_BYTES)  # noqa: SIM115 - the part owns it
         number = first_number

@@ -7,7 +7,9 @@ create table {schema}.sync_events (
     record_id text not null,
     event_type text not null default 'update'
         constraint sync_events_event_type_known check (event_type in ('insert', 'update', 'delete')),
-    created_at timestamptz not null default clock_timestamp()
+    created_at timestamptz not null default clock_timestamp(),
+    -- The transaction of the consumer whose rows let a trigger of the application make this change; else null.
+    caused_by xid8
 )
 with (
     autovacuum_vacuum_scale_factor = 0,

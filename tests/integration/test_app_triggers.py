@@ -1,0 +1,176 @@
+"""Triggers of the application: what they do elsewhere is work of their node and travels; nothing ping-pongs."""
+
+import pytest
+
+from tests.engine import sync_pair, totals
+from tests.helpers import Pair
+from tests.shapes import converge, failures, link, marked, texts
+
+AUDIT = """
+create table items (id int primary key, word text);
+create table audit (id uuid primary key default gen_random_uuid(), item int, what text);
+create function note() returns trigger language plpgsql as $$
+begin
+    insert into audit (item, what) values (coalesce(new.id, old.id), tg_op);
+    return null;
+end $$;
+create trigger note after insert or update or delete on items for each row execute function note();
+"""
+
+
+@pytest.mark.core
+def test_what_a_trigger_writes_to_another_table_is_captured_on_both_nodes(pair: Pair) -> None:
+    link(pair, AUDIT, "items", "audit")
+    pair.crm.execute("insert into items values (1, 'a')")
+    converge(pair, "items", "audit")
+    # One row by each node's trigger; both travelled.
+    assert pair.crm.value("select count(*) from audit") == 2
+    pair.billing.execute("update items set word = 'b'")
+    pair.billing.execute("delete from items")
+    converge(pair, "items", "audit")
+    # Two changes there, but the pass carries what the record is now: one delete here.
+    assert sorted(pair.billing.rows("select what, count(*) from audit group by 1")) == [
+        ("DELETE", 2),
+        ("INSERT", 2),
+        ("UPDATE", 1),
+    ]
+    assert totals(pair).passes == 0
+
+
+def test_a_trigger_can_stand_back_while_the_pipeline_applies(pair: Pair) -> None:
+    quiet = AUDIT.replace(
+        "for each row execute",
+        "for each row when (coalesce(current_setting('sync_pipeline.applying', true), '') = '') execute",
+    )
+    link(pair, quiet, "items", "audit")
+    pair.crm.execute("insert into items values (1, 'a')")
+    converge(pair, "items", "audit")
+    assert pair.billing.rows("select item, what from audit") == [(1, "INSERT")]
+
+
+TOUCH = """
+create table parents (id int primary key, name text, touched int not null default 0);
+create table children (id int primary key, parent int references parents, word text);
+create function touch() returns trigger language plpgsql as $$
+begin
+    update parents set touched = touched + 1 where id = new.parent;
+    return null;
+end $$;
+create trigger touch after insert or update on children for each row execute function touch();
+"""
+
+
+@pytest.mark.core
+def test_a_trigger_that_touches_the_parent_loses_no_change_and_does_not_ping_pong(
+    pair: Pair,
+) -> None:
+    link(pair, TOUCH, "parents", "children")
+    pair.crm.execute("insert into parents values (1, 'old')")
+    pair.crm.execute("insert into children values (1, 1, 'a')")
+    converge(pair, "parents", "children")
+    # The parent's own change and the child's are in one batch; the trigger there touches the parent again.
+    pair.crm.execute("update parents set name = 'new'")
+    pair.crm.execute("update children set word = 'b'")
+    converge(pair, "parents", "children")
+    assert pair.billing.value("select name from parents") == "new"
+    assert totals(pair).passes == 0
+    for node in pair.nodes:
+        assert node.rows("select kind from sync.sync_conflicts") == []
+
+
+def test_a_trigger_that_fails_fails_its_record_alone(pair: Pair) -> None:
+    picky = """create table t (id int primary key, word text);
+        create function picky() returns trigger language plpgsql as $$
+        begin
+            if new.word = 'bad' then raise exception 'no % here', new.word using errcode = 'P0042'; end if;
+            return new;
+        end $$"""
+    link(pair, picky, "t")
+    pair.billing.execute(
+        "create trigger picky before insert or update on t for each row execute function picky()"
+    )
+    pair.crm.execute("insert into t values (1, 'good'), (2, 'bad'), (3, 'good')")
+    totals(pair)
+    assert texts(pair.billing, "t") == ["(1,good)", "(3,good)"]
+    assert failures(pair.crm) == [("t", "2", "P0042", "no bad here")]
+
+
+REWRITING = """
+create table t (id int primary key, word text, version int);
+create function rewrite() returns trigger language plpgsql as $$
+begin
+    new.version := coalesce(new.version, 0) + 1;
+    return new;
+end $$;
+create trigger rewrite before insert or update on t for each row {} execute function rewrite();
+"""
+
+
+def test_a_trigger_that_rewrites_its_own_row_does_not_ping_pong(pair: Pair) -> None:
+    # The sides differ in what the trigger writes: doctor finds such triggers, docs/limits.md says what to do.
+    link(pair, REWRITING.format(""), "t")
+    pair.crm.execute("insert into t values (1, 'a')")
+    sync_pair(pair)
+    pair.billing.execute("update t set word = 'b'")
+    sync_pair(pair)
+    assert totals(pair).passes == 0
+    assert marked(pair.crm) == marked(pair.billing) == []
+    assert pair.crm.value("select word from t") == "b"
+
+
+def test_a_rewriting_trigger_that_stands_back_keeps_both_sides_equal(pair: Pair) -> None:
+    guard = "when (coalesce(current_setting('sync_pipeline.applying', true), '') = '')"
+    link(pair, REWRITING.format(guard), "t")
+    pair.crm.execute("insert into t values (1, 'a')")
+    converge(pair, "t")
+    pair.billing.execute("update t set word = 'b'")
+    converge(pair, "t")
+    assert texts(pair.crm, "t") == ["(1,b,2)"]
+
+
+def test_a_trigger_that_swallows_a_row_is_no_failure_and_no_loop(pair: Pair) -> None:
+    swallow = """create table t (id int primary key);
+        create function swallow() returns trigger language plpgsql as 'begin return null; end'"""
+    link(pair, swallow, "t")
+    pair.billing.execute(
+        "create trigger swallow before insert on t for each row execute function swallow()"
+    )
+    pair.crm.execute("insert into t values (1)")
+    sync_pair(pair)
+    assert texts(pair.billing, "t") == []
+    assert marked(pair.crm) == failures(pair.crm) == []
+
+
+def test_a_deferred_constraint_trigger_fails_the_right_record(pair: Pair) -> None:
+    ddl = """create table t (id int primary key, word text);
+        create function check_word() returns trigger language plpgsql as $$
+        begin
+            if exists (select from t where id = new.id and word = 'bad') then
+                raise check_violation using message = 'bad word';
+            end if;
+            return null;
+        end $$"""
+    link(pair, ddl, "t")
+    pair.billing.execute(
+        """create constraint trigger check_word after insert or update on t
+        deferrable initially deferred for each row execute function check_word()"""
+    )
+    pair.crm.execute(
+        "insert into t select n, case n when 3 then 'bad' else 'good' end "
+        "from generate_series(1, 6) as n"
+    )
+    totals(pair)
+    assert pair.billing.value("select array_agg(id order by id) from t") == [1, 2, 4, 5, 6]
+    assert failures(pair.crm) == [("t", "3", "23514", "bad word")]
+
+
+def test_rules_and_triggers_of_views_that_write_to_a_synced_table_are_captured(pair: Pair) -> None:
+    ddl = """create table t (id int primary key, word text);
+        create view v as select * from t;
+        create view w as select id, upper(word) as word from t;
+        create rule add as on insert to w do instead insert into t values (new.id, lower(new.word))"""
+    link(pair, ddl, "t")
+    pair.crm.execute("insert into v values (1, 'a'); insert into w values (2, 'B')")
+    pair.crm.execute("update v set word = 'c' where id = 1")
+    converge(pair, "t")
+    assert texts(pair.billing, "t") == ["(1,c)", "(2,b)"]
