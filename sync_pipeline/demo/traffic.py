@@ -1,11 +1,10 @@
 """`sync-pipeline demo --ui`: the two servers with changes trickling in on both sides, and Dagster that syncs them."""
 
-import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import LiteralString
 
 import psycopg
 from rich.console import Console
@@ -67,7 +66,8 @@ _ROUND: tuple[tuple[str, LiteralString], ...] = (
 def run(directory: Path) -> int:
     """Start servers, traffic and `dagster dev`; return the exit code of Dagster when it has ended."""
     # Dagster takes seconds to import: only here.
-    dev: Any = importlib.import_module("sync_pipeline.defs.dev")
+    from sync_pipeline.defs.dev import run_dagster_dev  # noqa: PLC0415
+
     console = Console()
     console.print("starting two PostgreSQL servers, then Dagster (Ctrl-C stops everything)")
     with opened(directory) as shop:
@@ -77,10 +77,9 @@ def run(directory: Path) -> int:
             console.print(f"  {name}={dsn}", highlight=False, soft_wrap=True)
         console.print(f"  http://127.0.0.1:{PORT}", highlight=False)
         with _trickling(shop):
-            code: int = dev.run_dagster_dev(
+            return run_dagster_dev(
                 shop.config_path, shop.environment, directory / "dagster_home", port=PORT
             )
-            return code
 
 
 @contextmanager

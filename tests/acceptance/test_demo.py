@@ -9,12 +9,12 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import psutil
 import pytest
 
 from sync_pipeline import demo
+from sync_pipeline.defs import dev
 from sync_pipeline.demo import story, traffic
 from sync_pipeline.demo.shop import Shop
 from sync_pipeline.demo.stage import DemoFailed, Stage
@@ -164,9 +164,7 @@ def test_with_the_ui_changes_trickle_in_on_both_sides_until_dagster_ends(
         rounds.set()
         stop.wait()
 
-    dev = ModuleType("sync_pipeline.defs.dev")
-    dev.run_dagster_dev = run_dagster_dev  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sync_pipeline.defs.dev", dev)
+    monkeypatch.setattr(dev, "run_dagster_dev", run_dagster_dev)
     monkeypatch.setattr(traffic, "CHANGE_SECONDS", 0.0)
     monkeypatch.setattr(traffic, "trickle", count)
     assert demo.run(ui=True) == 0
