@@ -1,0 +1,164 @@
+"""Alerts: what is wrong goes to a team's channel once when it begins, and once when it has ended."""
+
+import json
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from sync_pipeline.defs.checks import Statuses
+from sync_pipeline.defs.glance import table_statuses
+from sync_pipeline.defs.names import LINK_TAG, Names
+from sync_pipeline.errors import SyncPipelineError
+
+INTERVAL_SECONDS = 30
+WEBHOOK_TIMEOUT_SECONDS = 10.0
+RUNS_AT_ONCE = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """Something that a person should know. `subject` stays the same while it lasts."""
+
+    link: str
+    subject: str
+    text: str
+    resolved: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.link}: {'resolved: ' if self.resolved else ''}{self.text}"
+
+
+# A channel raises when it cannot deliver: the alert is sent again at the next tick.
+Channel = Callable[[Alert], None]
+
+
+def log_channel(alert: Alert) -> None:
+    """Write alerts to Dagster's log, where the daemon's own log goes."""
+    logger = dg.get_dagster_logger("sync_pipeline.alerts")
+    (logger.info if alert.resolved else logger.error)(str(alert))
+
+
+def webhook_channel(url: str, timeout: float = WEBHOOK_TIMEOUT_SECONDS) -> Channel:
+    """Return a channel that posts alerts as JSON: `text` for chat programs, and the alert's own fields."""
+    if not url.startswith(("https://", "http://")):
+        raise ValueError("the address of a webhook begins with https:// or http://")
+
+    def post(alert: Alert) -> None:
+        body = json.dumps({**asdict(alert), "text": str(alert)}).encode()
+        request = urllib.request.Request(  # noqa: S310 - the scheme was checked above
+            url, body, {"Content-Type": "application/json"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=timeout):  # noqa: S310 - as above
+            pass
+
+    return post
+
+
+def alert_sensor(
+    names: Names, lag_seconds: float, channels: Sequence[Channel]
+) -> dg.SensorDefinition:
+    """Return the sensor that watches for failed runs, lag, dead letters and nodes that cannot be asked."""
+    link = names.tags[LINK_TAG]
+
+    @dg.sensor(
+        name=names.of("alert_sensor"),
+        minimum_interval_seconds=INTERVAL_SECONDS,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description=(
+            f"Tells the team's channels of failed runs, of changes that wait longer than {lag_seconds:g} seconds, of"
+            " dead letters, and of nodes that cannot be asked; once when it begins and once when it has ended."
+        ),
+    )
+    def alert(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        known = _Cursor.parse(context.cursor)
+        found = dict(_problems(names, lag_seconds))
+        news = [Alert(link, *item) for item in found.items() if item[0] not in known.open]
+        news += [
+            Alert(link, subject, text, resolved=True)
+            for subject, text in known.open.items()
+            if subject not in found
+        ]
+        failed = _failed_runs(context.instance, names, known.runs_until)
+        news += [
+            Alert(link, f"run {run_id}", f"run {run_id[:8]} of {job} failed")
+            for run_id, job, _ in failed
+        ]
+        for item in news:
+            for channel in channels:
+                channel(item)
+        until = max([known.runs_until, *(ended for _, _, ended in failed)])
+        return dg.SensorResult(
+            cursor=_Cursor(found, until).text,
+            skip_reason="; ".join(map(str, news)) or _still(found),
+        )
+
+    return alert
+
+
+@dataclass(frozen=True, slots=True)
+class _Cursor:
+    """What was told: problems that last, by subject, and until when failed runs were looked at."""
+
+    open: dict[str, str]
+    runs_until: float
+
+    @classmethod
+    def parse(cls, text: str | None) -> "_Cursor":
+        """Read a cursor; the first one begins now, so that old failures stay untold."""
+        if text is None:
+            return cls({}, datetime.now(UTC).timestamp())
+        return cls(**json.loads(text))
+
+    @property
+    def text(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def _problems(names: Names, lag_seconds: float) -> Iterator[tuple[str, str]]:
+    try:
+        statuses = table_statuses(names.config)
+    except SyncPipelineError as error:
+        yield f"node {error.node}", str(error)
+        return
+    yield from _lags(statuses, lag_seconds)
+    for node, tables in statuses.items():
+        for table, status in tables.items():
+            if status.dead:
+                yield f"dead letters of {table} on {node}", f"{table} on {node} has dead letters"
+
+
+def _lags(statuses: Statuses, lag_seconds: float) -> Iterator[tuple[str, str]]:
+    for node, tables in statuses.items():
+        oldest = max(status.oldest_seconds for status in tables.values())
+        if oldest > lag_seconds:
+            yield f"lag on {node}", f"changes on {node} wait for more than {lag_seconds:g} seconds"
+
+
+def _failed_runs(
+    instance: dg.DagsterInstance, names: Names, after: float
+) -> list[tuple[str, str, float]]:
+    """Return id, job and end of the link's runs that failed after a moment, the oldest first."""
+    filters = dg.RunsFilter(
+        statuses=[dg.DagsterRunStatus.FAILURE],
+        tags=names.tags,
+        updated_after=datetime.fromtimestamp(after, UTC),
+    )
+    records = instance.get_run_records(
+        filters, limit=RUNS_AT_ONCE, order_by="update_timestamp", ascending=True
+    )
+    return [
+        (
+            record.dagster_run.run_id,
+            record.dagster_run.job_name,
+            record.update_timestamp.timestamp(),
+        )
+        for record in records
+        if record.update_timestamp.timestamp() > after
+    ]
+
+
+def _still(problems: dict[str, str]) -> str:
+    return "; ".join(f"still: {text}" for text in problems.values()) or "all is well"

@@ -1,0 +1,165 @@
+"""Checks of every table over both nodes: does it lag, are there dead letters, is it equal?"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+
+import dagster as dg
+from dagster._core.definitions.unresolved_asset_job_definition import (
+    UnresolvedAssetJobDefinition,
+)
+
+from sync_pipeline import verify
+from sync_pipeline.config import Config
+from sync_pipeline.database import connected
+from sync_pipeline.defs.glance import TableStatus, table_statuses
+from sync_pipeline.defs.metadata import seconds
+from sync_pipeline.defs.names import Names
+from sync_pipeline.defs.session import failure
+from sync_pipeline.errors import SyncPipelineError
+from sync_pipeline.verify import TableReport
+
+DEFAULT_LAG_SECONDS = 300.0
+LAG = "lag"
+DEAD_LETTERS = "dead_letters"
+VERIFY = "verify"
+
+Statuses = Mapping[str, Mapping[str, TableStatus]]
+
+
+def status_checks(names: Names, lag_seconds: float) -> dg.AssetChecksDefinition:
+    """Return the checks `lag` and `dead_letters` of every table, which one short query for each node answers."""
+    specs = [
+        spec
+        for _, key in names.link_assets()
+        for spec in (
+            dg.AssetCheckSpec(
+                LAG, asset=key, description=f"No change waits longer than {lag_seconds:g} seconds."
+            ),
+            dg.AssetCheckSpec(
+                DEAD_LETTERS, asset=key, description="No record has run out of attempts or is held."
+            ),
+        )
+    ]
+
+    @dg.multi_asset_check(name=names.of("check_status"), specs=specs, can_subset=True)
+    def check_status(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        try:
+            statuses = table_statuses(names.config)
+        except SyncPipelineError as error:
+            raise failure(error) from None
+        for result in judge(names, statuses, lag_seconds):
+            if key_of(result) in context.selected_asset_check_keys:
+                yield result
+
+    return check_status
+
+
+def verify_checks(names: Names) -> dg.AssetChecksDefinition:
+    """Return the check `verify` of every table: both nodes compared record by record, while work goes on."""
+    tables = {dg.AssetCheckKey(key, VERIFY): table for table, key in names.link_assets()}
+    specs = [
+        dg.AssetCheckSpec(
+            VERIFY,
+            asset=key.asset_key,
+            description="Both nodes hold the same rows, apart from what waits to be synced.",
+        )
+        for key in tables
+    ]
+
+    @dg.multi_asset_check(name=names.of("verify_tables"), specs=specs, can_subset=True)
+    def verify_tables(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        for key in specs_in_order(specs, context.selected_asset_check_keys):
+            try:
+                report = _verify(names.config, tables[key])
+            except SyncPipelineError as error:
+                raise failure(error) from None
+            yield _verdict(key, tables[key], report)
+
+    return verify_tables
+
+
+def verify_job(names: Names, checks: dg.AssetChecksDefinition) -> UnresolvedAssetJobDefinition:
+    """Return the job that verifies all tables, or those whose checks are selected."""
+    return dg.define_asset_job(
+        names.of("verify_job"),
+        selection=dg.AssetSelection.checks(*checks.check_keys),
+        description="Compares both nodes table by table; a check fails where they differ. Changes nothing.",
+        executor_def=dg.in_process_executor,
+        tags=names.tags,
+    )
+
+
+def judge(names: Names, statuses: Statuses, lag_seconds: float) -> Iterator[dg.AssetCheckResult]:
+    """Yield what the status of each table means for its checks `lag` and `dead_letters`."""
+    for table, key in names.link_assets():
+        nodes = {node: tables[table] for node, tables in statuses.items()}
+        lag = max(status.oldest_seconds for status in nodes.values())
+        yield dg.AssetCheckResult(
+            asset_key=key,
+            check_name=LAG,
+            passed=lag <= lag_seconds,
+            metadata={
+                "lag_seconds": seconds(lag),
+                **{f"pending_{node}": status.pending for node, status in nodes.items()},
+            },
+        )
+        dead = sum(status.dead for status in nodes.values())
+        held = sum(status.held for status in nodes.values())
+        yield dg.AssetCheckResult(
+            asset_key=key,
+            check_name=DEAD_LETTERS,
+            passed=dead == 0 and held == 0,
+            # Retries go on by themselves; dead and held records wait for a person.
+            severity=dg.AssetCheckSeverity.ERROR if dead else dg.AssetCheckSeverity.WARN,
+            description=_dead_in_words(table, dead, held),
+            metadata={
+                "dead": dead,
+                "held": held,
+                "retrying": sum(status.retrying for status in nodes.values()),
+            },
+        )
+
+
+def key_of(result: dg.AssetCheckResult) -> dg.AssetCheckKey:
+    """Return the key of the check that a result of `judge` belongs to."""
+    if result.asset_key is None or result.check_name is None:
+        raise AssertionError("`judge` names the check of every result")
+    return dg.AssetCheckKey(result.asset_key, result.check_name)
+
+
+def specs_in_order(
+    specs: Iterable[dg.AssetCheckSpec], selected: Iterable[dg.AssetCheckKey]
+) -> list[dg.AssetCheckKey]:
+    """Return the selected checks in the order of the configuration."""
+    wanted = set(selected)
+    return [spec.key for spec in specs if spec.key in wanted]
+
+
+def _dead_in_words(table: str, dead: int, held: int) -> str:
+    if dead:
+        return f"{dead} dead: see `sync-pipeline failures`, then `failures retry {table}` or `failures discard`"
+    return f"{held} held: decide with `sync-pipeline conflicts resolve`" if held else ""
+
+
+def _verify(config: Config, table: str) -> TableReport:
+    with ExitStack() as exits:
+        connections = {
+            node.name: exits.enter_context(connected(node, config, "verify"))
+            for node in config.nodes
+        }
+        return verify.verify(config, connections, [table]).tables[table]
+
+
+def _verdict(key: dg.AssetCheckKey, table: str, report: TableReport) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        asset_key=key.asset_key,
+        check_name=key.name,
+        passed=report.equal,
+        description="" if report.equal else f"see which: `sync-pipeline verify {table}`",
+        metadata={
+            **{f"rows_{node}": rows for node, rows in report.rows.items()},
+            **{f"missing_{node}": count for node, count in report.missing_count.items()},
+            "different": report.different_count,
+            "pending": report.pending,
+        },
+    )

@@ -1,0 +1,142 @@
+"""What Dagster keeps and does not remove by itself: runs, their events, logs and outputs; and old conflicts."""
+
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import sqlalchemy as sa
+from dagster._core.storage.event_log.schema import SqlEventLogStorageTable
+from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
+from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
+from pydantic import Field
+
+from sync_pipeline import conflicts
+from sync_pipeline.database import connected
+from sync_pipeline.defs.names import Names
+from sync_pipeline.defs.session import Session, failure
+from sync_pipeline.errors import SyncPipelineError
+
+FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.CANCELED]
+FAILED = [dg.DagsterRunStatus.FAILURE]
+# What sensors report belongs to no run: Dagster stores it under the empty run id.
+NO_RUN = ""
+
+
+class MaintenanceConfig(dg.Config):
+    """How long runs are kept, and how much one run of the job removes at most."""
+
+    keep_days: float = Field(default=3.0, ge=0)
+    keep_failed_days: float = Field(default=14.0, ge=0)
+    limit: int = Field(default=2000, ge=1)
+    seconds: float = Field(default=300.0, gt=0)
+
+
+@dg.op(
+    required_resource_keys={"link"},
+    out=dg.Out(dg.Nothing),
+    description="Removes this link's old runs with all that belongs to them, old sensor reports, and old conflicts.",
+)
+def prune(context: dg.OpExecutionContext, config: MaintenanceConfig) -> None:
+    """Prune within the limits; what is left is for the next run."""
+    session: Session = context.resources.link
+    instance = context.instance
+    deadline = time.monotonic() + config.seconds
+    now = datetime.now(UTC)
+    removed = 0
+    for statuses, days in ((FINISHED, config.keep_days), (FAILED, config.keep_failed_days)):
+        filters = dg.RunsFilter(
+            statuses=statuses,
+            tags=session.names.tags,
+            updated_before=now - timedelta(days=days),
+        )
+        removed += _remove_runs(
+            instance, filters, config.limit - removed, lambda: time.monotonic() > deadline
+        )
+    reports = _remove_reports(instance, now - timedelta(days=config.keep_days), config.limit)
+    try:
+        old_conflicts = _remove_conflicts(session)
+    except SyncPipelineError as error:
+        raise failure(error) from None
+    context.log.info(
+        "removed %s runs, %s reports of sensors, %s conflicts", removed, reports, old_conflicts
+    )
+    context.add_output_metadata(
+        {"runs": removed, "sensor_reports": reports, "conflicts": old_conflicts}
+    )
+
+
+def maintenance_job(names: Names, **options: Any) -> dg.JobDefinition:
+    """Return the job that prunes."""
+    name = names.of("maintenance_job")
+
+    @dg.graph(
+        name=name,
+        description="Removes old runs, their event logs and stored outputs, and old conflicts; bounded per run.",
+    )
+    def maintenance() -> None:
+        prune()
+
+    return maintenance.to_job(name=name, executor_def=dg.in_process_executor, **options)
+
+
+def _remove_runs(
+    instance: dg.DagsterInstance, filters: dg.RunsFilter, limit: int, enough: Callable[[], bool]
+) -> int:
+    removed = 0
+    for record in instance.get_run_records(filters, limit=max(limit, 0), ascending=True):
+        if enough():
+            break
+        _remove_run(instance, record.dagster_run.run_id)
+        removed += 1
+    return removed
+
+
+def _remove_run(instance: dg.DagsterInstance, run_id: str) -> None:
+    instance.delete_run(run_id)
+    instance.compute_log_manager.delete_logs(prefix=[run_id])
+    storage = instance.event_log_storage
+    if isinstance(storage, SqliteEventLogStorage):
+        # SQLite has a file for each run, and deleting the events leaves it.
+        for file in Path(storage.path_for_shard(run_id)).parent.glob(f"{run_id}.db*"):
+            file.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        shutil.rmtree(Path(instance.storage_directory()) / run_id)
+
+
+def _remove_reports(instance: dg.DagsterInstance, before: datetime, limit: int) -> int:
+    """Remove what sensors reported long ago; Dagster itself offers no way to."""
+    storage = instance.event_log_storage
+    if not isinstance(storage, SqlEventLogStorage):
+        return 0
+    events = SqlEventLogStorageTable
+    old = (
+        sa.select(events.c.id)
+        .where(events.c.run_id == NO_RUN, events.c.timestamp < before.replace(tzinfo=None))
+        .order_by(events.c.id)
+        .limit(limit)
+        .scalar_subquery()
+    )
+    removed = 0
+    with storage.index_connection() as connection:
+        removed = connection.execute(events.delete().where(events.c.id.in_(old))).rowcount
+    if isinstance(storage, SqliteEventLogStorage):
+        # Reports are there a second time, in the file of the run that has no name.
+        with storage.run_connection(NO_RUN) as connection:
+            connection.execute(events.delete().where(events.c.id.in_(old)))
+    return removed
+
+
+def _remove_conflicts(session: Session) -> int:
+    config = session.config
+    removed = 0
+    for node in config.nodes:
+        with connected(node, config, "maintenance") as connection:
+            removed += conflicts.prune(
+                connection, config.schema_name, config.conflict_retention_days
+            )
+    return removed

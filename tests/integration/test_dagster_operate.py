@@ -1,0 +1,279 @@
+"""Replay, backfill, verify, checks, observations and alerts, run in the process of the test."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from sync_pipeline.defs.alerts import Alert, webhook_channel
+from tests import dagster_runs
+from tests.dagster_runs import failure_of, metadata, run, tick
+from tests.engine import equal, installed, sync_pair
+from tests.helpers import Node, Pair, write_config
+
+USERS = dg.AssetKey(["sync", "users"])
+
+
+@pytest.fixture
+def link(pair: Pair) -> Pair:
+    """Two installed databases with one account and forty users each, all synced."""
+    installed(pair)
+    pair.crm.insert("accounts", id=1, name="one")
+    pair.crm.execute(
+        "insert into users (id, account_id, email) select n, 1, n || '@x.org' from generate_series(1, 40) n"
+    )
+    sync_pair(pair)
+    return pair
+
+
+@pytest.fixture
+def instance() -> Iterator[dg.DagsterInstance]:
+    with dagster_runs.instance() as instance:
+        yield instance
+
+
+def drift(node: Node, statement: str) -> None:
+    """Change rows behind capture's back."""
+    node.execute(f"begin; set local session_replication_role = replica; {statement}; commit")
+
+
+def replay(**config: Any) -> dict[str, Any]:
+    return {"ops": {"replay_records": {"config": {"table": "users", "node": "crm", **config}}}}
+
+
+def test_a_replay_counts_in_a_dry_run_and_marks_when_told_to(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    dry = run(link, instance, "replay_job", config=replay(condition="id <= 7"))
+    assert metadata(dry, "replay_records") == {"marked": 7, "dry_run": True}
+    assert link.crm.pending() == 0
+    real = run(link, instance, "replay_job", config=replay(keys=["3", "99"], dry_run=False))
+    assert metadata(real, "replay_records") == {"marked": 2, "dry_run": False}
+    assert link.crm.rows("select record_id, event_type from sync.sync_events order by 1") == [
+        ("3", "update"),
+        ("99", "delete"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, "choose exactly one of `keys`, `condition` and `everything`"),
+        ({"keys": ["1"], "everything": True}, "choose exactly one"),
+        ({"keys": ["x"]}, "`x` is no key of users"),
+        ({"keys": ["1"], "table": "user"}, "has no table `user`"),
+        ({"keys": ["1"], "node": "crn"}, "has no node `crn`"),
+    ],
+)
+def test_a_replay_that_makes_no_sense_fails_in_plain_words(
+    link: Pair, instance: dg.DagsterInstance, config: dict[str, Any], words: str
+) -> None:
+    result = run(link, instance, "replay_job", config=replay(**config))
+    assert not result.success
+    assert words in failure_of(result)
+
+
+def test_the_slices_of_a_backfill_mark_every_row_once_from_the_node_of_the_tag(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    partitions = dagster_runs.definitions(link).resolve_job_def("backfill_job").partitions_def
+    assert partitions is not None
+    slices = [key for key in partitions.get_partition_keys() if key.startswith("users/")]
+    for number, key in enumerate(slices):
+        tags = {"sync/from": "billing"} if number else {}
+        assert run(link, instance, "backfill_job", partition=key, tags=tags).success
+    marked = link.crm.rows("select record_id from sync.sync_events") + link.billing.rows(
+        "select record_id from sync.sync_events"
+    )
+    assert sorted(int(row[0]) for row in marked) == list(range(1, 41))
+    assert 0 < link.crm.pending() < 40
+    sync_pair(link)
+    assert equal(link)
+
+
+def test_a_slice_of_a_table_with_a_composite_key_is_marked(
+    pair: Pair, instance: dg.DagsterInstance
+) -> None:
+    for node in pair.nodes:
+        node.execute('create table seats ("Row" int, seat text, primary key ("Row", seat))')
+    write_config(pair.config_path, ["seats"])
+    installed(pair)
+    pair.crm.execute("insert into seats select n % 5, n::text from generate_series(1, 50) n")
+    pair.crm.execute("delete from sync.sync_events")
+    partitions = dagster_runs.definitions(pair).resolve_job_def("backfill_job").partitions_def
+    assert partitions is not None
+    for key in partitions.get_partition_keys():
+        assert run(pair, instance, "backfill_job", partition=key).success
+    assert pair.crm.value("select count(distinct record_id) from sync.sync_events") == 50
+    assert pair.crm.pending() == 50
+
+
+def test_verify_fails_the_check_of_the_table_that_differs_and_names_no_record(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    drift(link.billing, "delete from users where id = 7")
+    result = run(link, instance, "verify_job")
+    found = {e.asset_key.to_user_string(): e for e in result.get_asset_check_evaluations()}
+    assert {key: e.passed for key, e in found.items()} == {
+        "sync/accounts": True,
+        "sync/users": False,
+        "sync/orders": True,
+    }
+    numbers = {name: value.value for name, value in found["sync/users"].metadata.items()}
+    assert (numbers["rows_crm"], numbers["rows_billing"], numbers["missing_billing"]) == (40, 39, 1)
+    assert found["sync/users"].description == "see which: `sync-pipeline verify users`"
+
+
+def test_the_watch_sensor_reports_backlog_lag_and_dead_letters(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    link.crm.execute("update users set name = 'new' where id <= 5")
+    link.crm.execute("update sync.sync_events set created_at = now() - interval '1 hour'")
+    link.billing.execute(
+        "insert into sync.sync_failures (table_name, record_id, state, error_class, error)"
+        " values ('users', '7', 'dead', '23514', 'no')"
+    )
+    events = tick(link, instance, "watch_sensor").asset_events
+    observed: dict[str, dict[str, Any]] = {
+        event.asset_key.to_user_string(): {
+            name: value.value for name, value in event.metadata.items()
+        }
+        for event in events
+        if isinstance(event, dg.AssetObservation)
+    }
+    assert observed["crm/users"]["pending"] == 5
+    assert observed["crm/users"]["lag_seconds"] >= 3600
+    assert observed["billing/users"]["dead"] == 1
+    judged = {
+        (e.asset_key.to_user_string(), e.check_name): e.passed
+        for e in events
+        if isinstance(e, dg.AssetCheckEvaluation)
+    }
+    assert judged["sync/users", "lag"] is False
+    assert judged["sync/users", "dead_letters"] is False
+    assert judged["sync/accounts", "lag"] is True
+    fresh = [e.asset_key for e in events if isinstance(e, dg.AssetMaterialization)]
+    assert USERS not in fresh
+    assert dg.AssetKey(["sync", "accounts"]) in fresh
+
+
+def test_the_watch_sensor_is_quiet_about_tables_that_stay_as_they_were(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    first = tick(link, instance, "watch_sensor")
+    assert first.asset_events
+    link.crm.execute("update users set name = 'new' where id = 1")
+    second = tick(link, instance, "watch_sensor", cursor=first.cursor)
+    assert {e.asset_key.path[-1] for e in second.asset_events} == {"users"}
+    sync_pair(link)
+    third = tick(link, instance, "watch_sensor", cursor=second.cursor)
+    fourth = tick(link, instance, "watch_sensor", cursor=third.cursor)
+    assert fourth.asset_events == []
+    assert fourth.skipped == "every table is as it was"
+
+
+def test_the_checks_of_the_status_can_be_executed_by_hand(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    job = dg.define_asset_job(
+        "by_hand", selection=dg.AssetSelection.checks(dg.AssetCheckKey(USERS, "lag"))
+    )
+    found = dg.Definitions.merge(dagster_runs.definitions(link), dg.Definitions(jobs=[job]))
+    result = found.resolve_job_def("by_hand").execute_in_process(instance=instance)
+    judged = [(event.check_name, event.passed) for event in result.get_asset_check_evaluations()]
+    assert judged == [("lag", True)]
+
+
+def test_an_alert_is_told_once_when_it_begins_and_once_when_it_has_ended(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    told: list[str] = []
+
+    def channel(alert: Alert) -> None:
+        told.append(str(alert))
+
+    def look(cursor: str | None) -> str | None:
+        return tick(link, instance, "alert_sensor", cursor=cursor, channels=[channel]).cursor
+
+    cursor = look(None)
+    link.crm.execute("update users set name = 'new' where id = 1")
+    link.crm.execute("update sync.sync_events set created_at = now() - interval '1 hour'")
+    cursor = look(look(cursor))
+    assert told == ["crm-billing: changes on crm wait for more than 300 seconds"]
+    sync_pair(link)
+    cursor = look(look(cursor))
+    assert told[1:] == ["crm-billing: resolved: changes on crm wait for more than 300 seconds"]
+
+
+def test_a_failed_run_of_the_link_is_told_once(link: Pair, instance: dg.DagsterInstance) -> None:
+    told: list[str] = []
+    channels = [lambda alert: told.append(str(alert))]
+    first = tick(link, instance, "alert_sensor", channels=channels)
+    failed = run(link, instance, "replay_job", config=replay(keys=["x"]))
+    second = tick(link, instance, "alert_sensor", cursor=first.cursor, channels=channels)
+    tick(link, instance, "alert_sensor", cursor=second.cursor, channels=channels)
+    assert told == [f"crm-billing: run {failed.run_id[:8]} of replay_job failed"]
+
+
+def test_a_node_that_cannot_be_reached_is_an_alert(
+    link: Pair, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    nobody = link.config_path.read_text().replace(
+        "${BILLING_DSN}", "host=127.0.0.1 port=1 dbname=none password=hunter2"
+    )
+    link.config_path.write_text(nobody)
+    tick(link, instance, "alert_sensor", channels=[lambda alert: told.append(str(alert))])
+    assert len(told) == 1
+    assert "billing: cannot connect" in told[0]
+    assert "hunter2" not in told[0]
+
+
+def test_the_webhook_gets_the_alert_as_json() -> None:
+    got: list[dict[str, Any]] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            got.append(json.loads(body))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as the base class has it
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Receiver) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        webhook_channel(f"http://127.0.0.1:{server.server_port}/hook")(
+            Alert("crm-billing", "lag on crm", "changes on crm wait")
+        )
+        thread.join(10)
+    assert got == [
+        {
+            "link": "crm-billing",
+            "subject": "lag on crm",
+            "text": "crm-billing: changes on crm wait",
+            "resolved": False,
+        }
+    ]
+
+
+def test_a_webhook_that_refuses_fails_the_tick_so_that_the_alert_is_sent_again() -> None:
+    class Refusal(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_error(503)
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as the base class has it
+            """Say nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Refusal) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with pytest.raises(OSError, match="503"):
+            webhook_channel(f"http://127.0.0.1:{server.server_port}/")(Alert("l", "s", "t"))
+        thread.join(10)
