@@ -328,7 +328,14 @@ order by failure.next_attempt_at
 select exists (select from {schema}.sync_failures)
 
 -- name: acknowledge
--- Delete exactly the events of these ids, none younger than the read.
+-- Delete exactly the events of these ids.
+delete from {schema}.sync_events as event
+using unnest(%(ids)s::int8multirange) as read_ids
+where event.id >= lower(read_ids)
+    and event.id < upper(read_ids)
+
+-- name: acknowledge_recovered
+-- Delete the events of these ids, none younger than the read: ids can come back after a failover or a restore.
 delete from {schema}.sync_events as event
 using unnest(%(ids)s::int8multirange) as read_ids
 where event.id >= lower(read_ids)

@@ -46,6 +46,7 @@ class Applier:
         self.node = node
         self._generation = generation
         self._statements: dict[tuple[str, bool], TableStatements] = {}
+        self._created: set[str] = set()
         self._textual: set[str] = set()
         self.staged: dict[str, list[Part]] = {}
         # Inserts first are cheaper for new records; updates first free unique values that inserts may want.
@@ -53,25 +54,39 @@ class Applier:
         self._numbers: dict[str, tuple[int, int]] = {}
 
     def statements(self, table: str) -> TableStatements:
-        """Return how a table is written, with its staging table made on first use."""
+        """Return how a table is written."""
         textual = table in self._textual
         found = self._statements.get((table, textual))
         if found is None:
             index = self.catalog.tables.index(table)
             name = f"stage_{self._generation}_{index}{'_text' if textual else ''}"
             found = TableStatements(self.catalog.relation(self.node, table), name, textual)
-            self.connection.execute(found.create_stage)
             self._statements[table, textual] = found
         return found
 
     def prepare(self, tables: Iterable[str], *, textual: bool = False) -> None:
-        """Make the staging tables that a batch needs, before its transaction begins."""
+        """Make the staging tables that a batch can need, before its transaction: a rollback must not take them."""
         self.staged = {}
         self.expect_new = True
         self._numbers = {}
-        self._textual = set(tables) if textual else set()
-        for table in tables:
-            self.statements(table)
+        wanted = self._with_ancestors(tables)
+        self._textual = wanted if textual else set()
+        for table in wanted:
+            statements = self.statements(table)
+            if statements.stage_name not in self._created:
+                self.connection.execute(statements.create_stage)
+                self._created.add(statements.stage_name)
+
+    def _with_ancestors(self, tables: Iterable[str]) -> set[str]:
+        found: set[str] = set()
+        waiting = list(tables)
+        while waiting:
+            table = waiting.pop()
+            if table not in found:
+                found.add(table)
+                keys = self.catalog.relation(self.node, table).foreign_keys
+                waiting += [key.parent for key in keys]
+        return found
 
     def defer_constraints(self) -> None:
         """Let deferrable constraints be checked at the batch's end instead of each statement's."""
@@ -214,8 +229,7 @@ class Applier:
 
     def _refusal(self, step: Step, number: int, error: psycopg.Error) -> list[Refusal]:
         for table in step.tables:
-            low, high = self._numbers[table]
-            if low <= number <= high:
+            if any(p.first_number <= number <= p.last_number for p in self.staged[table]):
                 return [Refusal(table, number, error.sqlstate or "", describe(error))]
         return []
 

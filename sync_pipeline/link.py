@@ -96,6 +96,11 @@ class Link:
                 side.writer, self.config.schema_name, self.config.conflict_retention_days
             )
 
+    def cancel(self, node: str) -> None:
+        """Cancel what runs on both connections of a node."""
+        for connection in (self.sides[node].reader, self.sides[node].writer):
+            _cancel(connection)
+
     def is_paused(self) -> bool:
         """True when an operator paused consumption on either node."""
         statement = query(named("is_paused", self.config.schema_name))
@@ -127,7 +132,11 @@ def lead(config: Config) -> Iterator[Link]:
 
 
 def _close(connection: Connection) -> None:
+    _cancel(connection)
+    connection.close()
+
+
+def _cancel(connection: Connection) -> None:
     with suppress(Exception):
         if connection.info.transaction_status == psycopg.pq.TransactionStatus.ACTIVE:
             connection.cancel_safe(timeout=CANCEL_TIMEOUT_SECONDS)
-    connection.close()

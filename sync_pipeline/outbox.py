@@ -306,7 +306,6 @@ def acknowledge(
     schema: str,
     outcomes: Sequence[Outcome],
     ids: str,
-    read_at: datetime,
     retry: RetryConfig,
 ) -> None:
     """Delete exactly the events that were applied, in one transaction with what happened to the others."""
@@ -343,7 +342,7 @@ def acknowledge(
             for postponed in outcome.postponed:
                 run("convert_to_delete", ids=postponed)
         if ids != EMPTY:
-            run("acknowledge", ids=ids, read_at=read_at)
+            run("acknowledge", ids=ids)
         run("note_pass")
 
 

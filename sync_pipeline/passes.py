@@ -5,9 +5,9 @@ parents, then dependents, on the target in bounded batches, each one transaction
 exactly the events that were read. Then the other direction, with its own snapshot.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -60,6 +60,9 @@ class Pass:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if kind is not None:
+            # Threads that read or acknowledge must not keep an interrupted pass, and so its locks, alive.
+            self.link.cancel(self.source)
         self._stack.__exit__(kind, error, traceback)
 
     def fetch_dependents(self) -> DirectionReport:
@@ -190,12 +193,13 @@ class Pass:
 
     def _drain(self, parts: Iterator[Part]) -> None:
         """Apply all parts, reading the next batch while the last is applied and the one before acknowledged."""
-        for batch in _read_ahead(self._batches(parts)):
-            with self._new_batch(batch) as application:
-                application.upsert([])
-                self._commit(application)
-            for part in batch:
-                part.discard()
+        with closing(_read_ahead(self._batches(parts))) as batches:
+            for batch in batches:
+                with self._new_batch(batch) as application:
+                    application.upsert([])
+                    self._commit(application)
+                for part in batch:
+                    part.discard()
 
     def _new_batch(self, parts: list[Part]) -> Batch:
         return Batch(
@@ -211,7 +215,7 @@ class Pass:
 
     def _commit(self, batch: Batch) -> None:
         batch.finish()
-        self._acknowledger.submit(batch, self._snapshot)
+        self._acknowledger.submit(batch)
         self.report.batches += 1
         self.report.events += sum(part.events for part in batch.parts)
         self._consumed = self._consumed and not batch.postponed
@@ -244,7 +248,7 @@ class Acknowledger:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="acknowledge")
         self._running: list[tuple[int, Future[None]]] = []
 
-    def submit(self, batch: Batch, snapshot: Snapshot) -> None:
+    def submit(self, batch: Batch) -> None:
         """Acknowledge a committed batch. Waits for the one before: at most two are ever in the ledger."""
         for _, future in self._running:
             future.result()
@@ -255,7 +259,6 @@ class Acknowledger:
             config.schema_name,
             batch.outcomes,
             batch.ids,
-            snapshot.read_at,
             config.retry,
         )
         self._running.append((batch.ledger_id, future))
@@ -326,7 +329,7 @@ def interruptions() -> Iterator[None]:
         ) from error
 
 
-def _read_ahead(batches: Iterator[list[Part]]) -> Iterator[list[Part]]:
+def _read_ahead(batches: Iterator[list[Part]]) -> Generator[list[Part], None, None]:
     with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
         upcoming = pool.submit(next, batches, None)
         while (batch := upcoming.result()) is not None:

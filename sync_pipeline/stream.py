@@ -14,7 +14,9 @@ from sync_pipeline.records import Counts, DirectionReport
 
 SHORTEST_WAIT_SECONDS = 0.002
 STANDBY_SECONDS = 0.5
-IDLE_SHARE = 20.0
+WAIT_SHARE = 0.05
+SLOW_LOOK_SECONDS = 0.02
+SLOW_LOOK_REST = 10.0
 FIRST_BACKOFF_SECONDS = 0.2
 LONGEST_BACKOFF_SECONDS = 15.0
 CATALOG_SECONDS = 30.0
@@ -106,9 +108,11 @@ def stream(
     started = time.monotonic()
     deadline = started + seconds if seconds is not None else float("inf")
     interruptions = 0
+    has_led = False
     while not stop.is_set() and time.monotonic() < deadline:
         try:
             with passes.interruptions(), lead(config) as link:
+                has_led = True
                 listener.opened(link)
                 listener.leading()
                 interruptions = 0
@@ -117,6 +121,8 @@ def stream(
             listener.standing_by(error)
             _wait(stop, STANDBY_SECONDS, deadline)
         except (PassInterrupted, ConnectionFailed, CatalogMismatch) as error:
+            if isinstance(error, CatalogMismatch) and not has_led:
+                raise
             interruptions += 1
             pause = _backoff(interruptions)
             listener.interrupted(error, pause)
@@ -128,8 +134,7 @@ def stream(
 def _follow(
     link: Link, stop: threading.Event, deadline: float, totals: Totals, listener: Listener
 ) -> None:
-    wait = SHORTEST_WAIT_SECONDS
-    catalog_read = pause_checked = time.monotonic()
+    catalog_read = pause_checked = worked = time.monotonic()
     pruned = float("-inf")
     paused = link.is_paused()
     while not stop.is_set() and (now := time.monotonic()) < deadline:
@@ -148,12 +153,17 @@ def _follow(
         if reports:
             totals.add(reports)
             listener.passed(reports)
+        ended = time.monotonic()
         if any(report.did_something for report in reports):
-            wait = SHORTEST_WAIT_SECONDS
-        else:
-            # Where a look itself is slow, because of dead rows that no vacuum may remove, look less often.
-            _wait(stop, max(wait, IDLE_SHARE * (time.monotonic() - began)), deadline)
-            wait = min(wait * 2, link.config.poll_seconds)
+            worked = ended
+            continue
+        # The longer nothing came, the longer the wait for the next look.
+        wait = max(SHORTEST_WAIT_SECONDS, WAIT_SHARE * (ended - worked))
+        wait = min(wait, link.config.poll_seconds)
+        if ended - began > SLOW_LOOK_SECONDS:
+            # Dead rows that no vacuum may remove make looking itself slow: look less often.
+            wait = max(wait, SLOW_LOOK_REST * (ended - began))
+        _wait(stop, wait, deadline)
 
 
 def _totals(config: Config) -> Totals:
