@@ -113,6 +113,54 @@ left join pg_catalog.pg_class as class
 left join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnamespace
 order by asked.position
 
+-- name: read_unique_indexes
+-- The unique indexes of a table that are checked at once: what they hold and which columns they are made of.
+select
+    (
+        select pg_catalog.array_agg(pg_catalog.pg_get_indexdef(index.indexrelid, position, false) order by position)
+        from pg_catalog.generate_series(1, index.indnkeyatts::integer) as position
+    ) as expressions,
+    pg_catalog.pg_get_expr(index.indpred, index.indrelid) as predicate,
+    -- Before PostgreSQL 15 there is no such column.
+    coalesce((pg_catalog.to_jsonb(index) ->> 'indnullsnotdistinct')::boolean, false) as nulls_not_distinct,
+    array(
+        select attribute.attname::text
+        from pg_catalog.pg_attribute as attribute
+        where attribute.attrelid = index.indrelid
+            and attribute.attnum > 0
+            and (
+                attribute.attnum = any (index.indkey::smallint[])
+                or exists (
+                    select from pg_catalog.pg_depend as used
+                    where used.classid = 'pg_catalog.pg_class'::regclass
+                        and used.objid = index.indexrelid
+                        and used.refclassid = 'pg_catalog.pg_class'::regclass
+                        and used.refobjid = index.indrelid
+                        and used.refobjsubid = attribute.attnum
+                )
+            )
+    ) as columns,
+    array(
+        select attribute.attname::text
+        from pg_catalog.pg_constraint as reference
+        join pg_catalog.pg_attribute as attribute
+            on attribute.attrelid = index.indrelid and attribute.attnum = any (reference.confkey)
+        where reference.confrelid = index.indrelid and reference.contype = 'f'
+    ) as referenced,
+    array(
+        select attribute.attname::text
+        from pg_catalog.pg_constraint as reference
+        join pg_catalog.pg_attribute as attribute
+            on attribute.attrelid = index.indrelid and attribute.attnum = any (reference.conkey)
+        where reference.conrelid = index.indrelid and reference.contype = 'f'
+    ) as referring
+from pg_catalog.pg_index as index
+where index.indrelid = %(oid)s
+    and index.indisunique
+    and index.indisvalid
+    and index.indimmediate
+order by index.indexrelid
+
 -- name: take_lock
 -- True when this session now leads: the node's advisory lock, derived from the pipeline's own schema.
 select pg_catalog.pg_try_advisory_lock(

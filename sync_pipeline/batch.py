@@ -1,13 +1,14 @@
 """One batch on the target: stage, apply, check under our row locks, settle conflicts, record in the ledger, commit."""
 
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 import psycopg
 
-from sync_pipeline import capture, conflicts, ledger, queries
+from sync_pipeline import capture, conflicts, ledger, parking, queries
 from sync_pipeline.applier import Applier, Refusal, Step
 from sync_pipeline.config import Config
 from sync_pipeline.conflicts import Decision, Dirty
@@ -18,7 +19,6 @@ from sync_pipeline.records import Counts, Failure
 
 MAX_ROUNDS = 8
 FOREIGN_KEY_VIOLATION = "23503"
-UNIQUE_VIOLATION = "23505"
 
 
 @dataclass
@@ -48,6 +48,10 @@ class Batch:
         self._connection = self.applier.connection
         self._stack = ExitStack()
         self._pulled: list[Part] = []
+        # Rows of the target that are parked in this savepoint, and whether to do so; see `parking`.
+        self._parked: dict[str, set[int]] = {}
+        self._exchanging = False
+        self._partners: set[int] = set()
         self._done: list[Step] = []
         self._error: psycopg.Error | None = None
         self._failures: list[Failure] = []
@@ -122,10 +126,12 @@ class Batch:
     # --- applying ---
 
     def _apply(self) -> list[Refusal]:
-        """Run the steps that are left; on a refusal, bring missing parents along or isolate the records."""
+        """Run the steps that are left; on a refusal, bring what is missing along, make room, or isolate the records."""
         for _ in range(MAX_ROUNDS):
             if self._error is None:
                 try:
+                    if self._exchanging:
+                        self._parked = parking.park(self.applier)
                     self._run([step for step in self._steps() if step not in self._done])
                     self.applier.check_constraints()
                 except psycopg.Error as error:
@@ -137,8 +143,13 @@ class Batch:
             self._rollback()
             sqlstate = self._error.sqlstate
             self._error = None
-            if sqlstate == UNIQUE_VIOLATION and self.applier.expect_new:
+            if sqlstate == parking.UNIQUE_VIOLATION and self.applier.expect_new:
                 self.applier.expect_new = False
+                self._savepoint()
+                continue
+            if sqlstate == parking.UNIQUE_VIOLATION and not self._exchanging:
+                self._exchanging = True
+                self._bring_partners()
                 self._savepoint()
                 continue
             if sqlstate == FOREIGN_KEY_VIOLATION and self._bring_parents():
@@ -146,8 +157,30 @@ class Batch:
                 continue
             self._savepoint()
             self.counts = {}
-            return self.applier.isolate(self._steps(), self.counts, self._guard_parents)
+            refused = self.applier.isolate(self._steps(), self.counts, self._guard_parents)
+            return self._exchange(refused)
         raise PassInterrupted("parents keep disappearing", node=self.target)
+
+    def _exchange(self, refused: list[Refusal]) -> list[Refusal]:
+        """Let those of the refused records exchange unique values that can; return the others."""
+        hopeful, hopeless = parking.divide(self.applier, refused)
+        if not hopeful:
+            return hopeless
+        counts = deepcopy(self.counts)
+        try:
+            with self._connection.transaction():
+                parking.sit_out(self.applier, hopeless)
+                self._parked = parking.park(self.applier)
+                self._run(self._steps())
+                self.applier.check_constraints()
+        except psycopg.Error as error:
+            if error_class(error) != "data":
+                raise
+            self.counts = counts
+            return [*hopeful, *hopeless]
+        finally:
+            self._parked = {}
+        return hopeless
 
     def _steps(self) -> list[Step]:
         tables = list(self.applier.staged)
@@ -175,6 +208,7 @@ class Batch:
         self._connection.execute("rollback to savepoint batch")
         self._connection.execute("release savepoint batch")
         self._done = []
+        self._parked = {}
         self.counts = {}
 
     def _savepoint(self) -> None:
@@ -212,6 +246,26 @@ class Batch:
                 return True
         return False
 
+    def _bring_partners(self) -> None:
+        """Stage the source's rows of clean records that have unique values which staged ones want, and so on."""
+        applier = self.applier
+        came = True
+        while came:
+            came = False
+            for table in list(applier.staged):
+                keys = parking.outsiders(applier, table, self._schema)
+                if not keys:
+                    continue
+                last = max(part.last_number for part in [*self.parts, *self._pulled])
+                fields = applier.catalog.relation(self.target, table).key
+                part = self.snapshot.rows_of(table, fields, keys, last + 1)
+                self._stack.callback(part.discard)
+                if part.count:
+                    applier.stage(part)
+                    self._pulled.append(part)
+                    self._partners.update(range(part.first_number, part.last_number + 1))
+                    came = True
+
     def _guard_parents(self, step: Step) -> None:
         """Before a parent is deleted: rows that still refer to it are the target's own work, so it stays."""
         if step.phase != "delete":
@@ -238,6 +292,8 @@ class Batch:
     def _keep_parents(self, table: str, kept: list[tuple[int, str]], child: str) -> None:
         applier = self.applier
         numbers = [number for number, _ in kept]
+        if self._parked.get(table, set()).intersection(numbers):
+            raise psycopg.errors.UniqueViolation("a row that was to make room has to stay")
         parent = applier.statements(table)
         decisions = [
             Decision(
@@ -281,7 +337,9 @@ class Batch:
         decisions = [
             # The target deleted a parent that the source has given new children: it comes back.
             Decision(d.dirty, "parent_deleted", self.source)
-            if d.dirty.number > self._last_number and not d.equal
+            if d.dirty.number > self._last_number
+            and d.dirty.number not in self._partners
+            and not d.equal
             else d
             for d in decisions
         ]

@@ -1,0 +1,308 @@
+"""Room for records of one batch that exchange unique values: 1 takes what 2 had, 2 what 1 had.
+
+PostgreSQL checks a unique index row by row, so no order of updates can swap two values. A row of the target that is in
+the way is *parked*: it gets a free value for a moment, in the transaction that then writes or deletes it as the batch
+says. Only rows of the batch are moved, and only in columns that the batch writes again and no foreign key refers to.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import class_row
+
+from sync_pipeline import queries
+from sync_pipeline.applier import Applier, Refusal
+from sync_pipeline.capture import record_id
+from sync_pipeline.database import error_class, query
+from sync_pipeline.statements import TableStatements
+
+UNIQUE_VIOLATION = "23505"
+
+_TEXTS = {"text", "character varying", "bpchar"}
+_NUMBERS = {"smallint", "integer", "bigint", "numeric", "real", "double precision"}
+_DAYS = {"date", "timestamp without time zone", "timestamp with time zone"}
+
+
+@dataclass(frozen=True, slots=True)
+class UniqueIndex:
+    """A unique index that is checked at once; foreign keys refer to `referenced`, `referring` are part of one."""
+
+    expressions: list[str]
+    predicate: str | None
+    nulls_not_distinct: bool
+    columns: list[str]
+    referenced: list[str]
+    referring: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A row of the target that has a unique value which a staged record wants; `held_by` is its number if staged."""
+
+    number: int
+    record_id: str
+    held_by: int | None
+
+
+def park(applier: Applier) -> dict[str, set[int]]:
+    """Move the batch's own rows out of each other's way; return their numbers by table.
+
+    Raises the error of PostgreSQL when no free value is accepted.
+    """
+    parked: dict[str, set[int]] = {}
+    for table in applier.staged:
+        statements = applier.statements(table)
+        for index in _indexes(applier, table):
+            parked.setdefault(table, set()).update(_park(applier, statements, index))
+    return parked
+
+
+def holders(applier: Applier, table: str) -> list[Holder]:
+    """Return which rows of the target hold a unique value that a staged record of another key wants."""
+    statements = applier.statements(table)
+    found: list[Holder] = []
+    for index in _indexes(applier, table):
+        statement = sql.SQL(
+            "select blocked.n as number, {record_id} as record_id, s.n as held_by "
+            "from {blocked} left join {stage} as s on {same_key}"
+        ).format(
+            record_id=_id(statements),
+            blocked=_blocked(statements, index),
+            stage=statements.stage,
+            same_key=_same("blocked", statements),
+        )
+        with applier.connection.cursor(row_factory=class_row(Holder)) as cursor:
+            found += cursor.execute(statement).fetchall()
+    return found
+
+
+def outsiders(applier: Applier, table: str, schema: str) -> list[tuple[str, ...]]:
+    """Return the keys, as text, of clean rows in the way that the batch does not hold."""
+    statements = applier.statements(table)
+    found: dict[tuple[str, ...], None] = {}
+    for index in _indexes(applier, table):
+        statement = sql.SQL(
+            "select distinct {keys} from {blocked} where not exists (select from {stage} as s where {same_key}) "
+            "and not exists (select from {events} where table_name = {table} and record_id = {record_id}) "
+            "and not exists (select from {failures} where table_name = {table} and record_id = {record_id})"
+        ).format(
+            keys=sql.SQL(", ").join(
+                sql.SQL("blocked.{}::text").format(k) for k in _keys(statements)
+            ),
+            blocked=_blocked(statements, index),
+            stage=statements.stage,
+            same_key=_same("blocked", statements),
+            events=sql.Identifier(schema, "sync_events"),
+            failures=sql.Identifier(schema, "sync_failures"),
+            table=table,
+            record_id=_id(statements),
+        )
+        found |= dict.fromkeys(applier.connection.execute(statement).fetchall())
+    return list(found)
+
+
+def sit_out(applier: Applier, refused: Sequence[Refusal]) -> None:
+    """Leave refused records out of what follows; they stay staged, so that they can still be named."""
+    for table in dict.fromkeys(refusal.table for refusal in refused):
+        applier.connection.execute(
+            sql.SQL("update {} set present = null where n = any (%(numbers)s::bigint[])").format(
+                applier.statements(table).stage
+            ),
+            {"numbers": [refusal.number for refusal in refused if refusal.table == table]},
+        )
+
+
+def divide(applier: Applier, refused: Sequence[Refusal]) -> tuple[list[Refusal], list[Refusal]]:
+    """Divide refused records into those that may yet exchange values and those that cannot; name who holds a value.
+
+    Hopeless is what was refused for another reason, wants what a row outside of the batch has, or wants what a
+    hopeless record keeps.
+    """
+    held: dict[tuple[str, int], list[Holder]] = {}
+    for table in dict.fromkeys(r.table for r in refused if r.error_class == UNIQUE_VIOLATION):
+        for holder in holders(applier, table):
+            held.setdefault((table, holder.number), []).append(holder)
+    hopeless: set[tuple[str, int | None]] = set()
+    while True:
+        more: set[tuple[str, int | None]] = {
+            (refusal.table, refusal.number)
+            for refusal in refused
+            if refusal.error_class != UNIQUE_VIOLATION
+            or any(
+                holder.held_by is None or (refusal.table, holder.held_by) in hopeless
+                for holder in held.get((refusal.table, refusal.number), [])
+            )
+        }
+        if more == hopeless:
+            break
+        hopeless = more
+    named = [_name(refusal, held.get((refusal.table, refusal.number), [])) for refusal in refused]
+    return (
+        [refusal for refusal in named if (refusal.table, refusal.number) not in hopeless],
+        [refusal for refusal in named if (refusal.table, refusal.number) in hopeless],
+    )
+
+
+def _name(refusal: Refusal, found: list[Holder]) -> Refusal:
+    if refusal.error_class != UNIQUE_VIOLATION or not found:
+        return refusal
+    others = ", ".join(dict.fromkeys(holder.record_id for holder in found))
+    return replace(refusal, error=f"{refusal.error} The value is held by record {others[:200]}.")
+
+
+def _indexes(applier: Applier, table: str) -> list[UniqueIndex]:
+    with applier.connection.cursor(row_factory=class_row(UniqueIndex)) as cursor:
+        return cursor.execute(
+            query(queries.get("read_unique_indexes", "")),
+            {"oid": applier.catalog.relation(applier.node, table).oid},
+        ).fetchall()
+
+
+def _park(applier: Applier, statements: TableStatements, index: UniqueIndex) -> set[int]:
+    refused: psycopg.Error | None = None
+    for assignment in _assignments(statements, index):
+        statement = sql.SQL(
+            "update {target} as t set {assignment} from {stage} as s "
+            "where {same_key} and ({own}) in (select {keys} from {blocked}) returning s.n"
+        ).format(
+            target=statements.target,
+            assignment=assignment,
+            stage=statements.stage,
+            same_key=statements.same_key(),
+            own=sql.SQL(", ").join(
+                sql.SQL("t.{}").format(statements.column(field))
+                for field in statements.relation.key
+            ),
+            keys=sql.SQL(", ").join(sql.SQL("blocked.{}").format(k) for k in _keys(statements)),
+            blocked=_blocked(statements, index),
+        )
+        try:
+            with applier.connection.transaction():
+                return {number for (number,) in applier.connection.execute(statement)}
+        except psycopg.Error as error:
+            if error_class(error) != "data":
+                raise
+            refused = error
+    if refused is not None:
+        raise refused
+    return set()
+
+
+def _blocked(statements: TableStatements, index: UniqueIndex) -> sql.Composed:
+    """Compose `blocked`: the number of a staged record and the key of the row that has what it wants.
+
+    The index's expressions name plain columns, so each stands where only its own row is in sight.
+    """
+    relation = statements.relation
+    fields = {column.name: field for field, column in relation.columns.items()}
+    values = [sql.Identifier(f"value {n}") for n in range(len(index.expressions))]
+    expressions = sql.SQL(", ").join(
+        sql.SQL("({}) as {}").format(sql.SQL(text), name)
+        for text, name in zip(index.expressions, values, strict=True)
+    )
+    predicate = sql.SQL(index.predicate or "true")
+    keys = _keys(statements)
+    equal = "is not distinct from" if index.nulls_not_distinct else "="
+    return sql.SQL(
+        "(select wanted.n, {held_keys} from (select {n} as n, {keys}, {expressions} from ("
+        "select s.n as {n}, {staged_keys}, {columns} from {stage} as s left join {target} as t on {same_key} "
+        "where s.present) as staged where {predicate}) as wanted "
+        "join (select {own_keys}, {expressions} from {target} as t where {predicate}) as held "
+        "on {same_values} where not ({one_key})) as blocked"
+    ).format(
+        n=sql.Identifier("staged n"),
+        keys=sql.SQL(", ").join(keys),
+        held_keys=sql.SQL(", ").join(sql.SQL("held.{}").format(key) for key in keys),
+        staged_keys=_named([statements.staged(field) for field in relation.key], keys),
+        own_keys=_named([sql.SQL("t.{}").format(statements.column(f)) for f in relation.key], keys),
+        expressions=expressions,
+        columns=sql.SQL(", ").join(
+            sql.SQL("{} as {}").format(
+                statements.staged(fields[name])
+                if name in fields
+                else sql.SQL("t.{}").format(sql.Identifier(name)),
+                sql.Identifier(name),
+            )
+            for name in index.columns
+        ),
+        stage=statements.stage,
+        target=statements.target,
+        same_key=statements.same_key(),
+        predicate=predicate,
+        same_values=sql.SQL(" and ").join(
+            sql.SQL("wanted.{0} " + equal + " held.{0}").format(name) for name in values
+        ),
+        one_key=sql.SQL(" and ").join(sql.SQL("wanted.{0} = held.{0}").format(key) for key in keys),
+    )
+
+
+def _assignments(statements: TableStatements, index: UniqueIndex) -> Iterator[sql.Composed]:
+    """Yield what may take a row out of the index, the least intrusive first."""
+    relation = statements.relation
+    columns = [
+        column
+        for field, column in relation.columns.items()
+        if column.name in index.columns
+        and column.name not in index.referenced
+        and field not in relation.key
+        and column.identity != "a"
+    ]
+    for column in columns:
+        if not column.not_null and not index.nulls_not_distinct:
+            yield sql.SQL("{} = null").format(sql.Identifier(column.name))
+    for column in columns:
+        if column.name in index.referring:
+            continue
+        name = sql.Identifier(column.name)
+        for value in _free_values(column.type_name, column.formatted_type):
+            yield sql.SQL("{} = {}").format(
+                name, sql.SQL(value).format(column=name, table=statements.target)
+            )
+
+
+def _free_values(type_name: str, formatted_type: str) -> Iterator[str]:
+    if type_name in _TEXTS or type_name.endswith("citext"):
+        length = re.search(r"\((\d+)\)$", formatted_type)
+        yield (
+            "pg_catalog.left(pg_catalog.replace(pg_catalog.gen_random_uuid()::text, '-', ''), "
+            f"{length[1] if length else 32})"
+        )
+    elif type_name in _NUMBERS:
+        yield "(select least(min({column}), 0) from {table}) - s.n - 1"
+        yield "(select greatest(max({column}), 0) from {table}) + s.n + 1"
+    elif type_name in _DAYS:
+        yield (
+            "(select max({column}) from {table} where pg_catalog.isfinite({column})) "
+            "+ (s.n + 1) * interval '1 day'"
+        )
+    elif type_name == "uuid":
+        yield "pg_catalog.gen_random_uuid()"
+    elif type_name == "boolean":
+        yield "not t.{column}"
+
+
+def _keys(statements: TableStatements) -> list[sql.Identifier]:
+    return [sql.Identifier(f"key {index}") for index in range(len(statements.relation.key))]
+
+
+def _named(values: Sequence[sql.Composable], names: Sequence[sql.Identifier]) -> sql.Composed:
+    return sql.SQL(", ").join(
+        sql.SQL("{} as {}").format(value, name) for value, name in zip(values, names, strict=True)
+    )
+
+
+def _same(alias: str, statements: TableStatements) -> sql.Composed:
+    return sql.SQL(" and ").join(
+        sql.SQL(alias + ".{} = {}").format(key, statements.staged(field))
+        for key, field in zip(_keys(statements), statements.relation.key, strict=True)
+    )
+
+
+def _id(statements: TableStatements) -> sql.Composed:
+    keys = zip(statements.relation.key, _keys(statements), strict=True)
+    return record_id(
+        statements.relation, {field: sql.SQL("blocked.{}").format(key) for field, key in keys}
+    )

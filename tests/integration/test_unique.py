@@ -1,0 +1,315 @@
+"""Records that exchange unique values converge; a real collision is seen, and no row goes to make room."""
+
+import pytest
+
+from tests.engine import sync_pair, totals
+from tests.helpers import Node, Pair
+from tests.shapes import converge, failures, link, texts
+
+SEATS = "create table seats (id int primary key, place {} unique, word text)"
+
+
+def exchange(node: Node, table: str, column: str, order: str, free: str) -> None:
+    """Move each row's value to the next row, by way of a free value, in one transaction."""
+    ids = [row[0] for row in node.rows(f"select id from {table} order by {order}")]
+    values: dict[int, str] = dict(node.rows(f"select id, {column}::text from {table}"))
+    with node.connect(autocommit=False) as session:
+        for number in ids:
+            session.execute(f"update {table} set {column} = {free} where id = {number}".encode())
+        for number, source in zip(ids, [*ids[1:], ids[0]], strict=True):
+            session.execute(
+                f"update {table} set {column} = %s where id = %s".encode(), [values[source], number]
+            )
+
+
+TYPES = {
+    "text": ("'a'", "'b'", "'c'"),
+    "text not null": ("'a'", "'b'", "'c'"),
+    "varchar(3) not null": ("'abc'", "'bcd'", "'cde'"),
+    "char(8) not null": ("'a'", "'b'", "'c'"),
+    "int not null": ("1", "2", "3"),
+    "bigint not null check (place > 0)": ("1", "2", "3"),
+    "smallint not null": ("-32768", "0", "1"),
+    "numeric not null": ("1.5", "2.5", "3.5"),
+    "double precision not null": ("1.5", "2.5", "3.5"),
+    "uuid not null": tuple(f"'{n}'" for n in (
+        "00000000-0000-0000-0000-000000000001",
+        "00000000-0000-0000-0000-000000000002",
+        "00000000-0000-0000-0000-000000000003",
+    )),
+    "date not null": ("'2024-01-01'", "'2024-01-02'", "'2024-01-03'"),
+    "timestamptz not null": ("'2024-01-01'", "'2024-01-02'", "'2024-01-03'"),
+    "timestamp not null": ("'2024-01-01'", "'2024-01-02'", "'2024-01-03'"),
+    "inet": ("'10.0.0.1'", "'10.0.0.2'", "'10.0.0.3'"),
+}  # fmt: skip
+FREE = {
+    "text": "'x' || id",
+    "varchar": "'x' || id",
+    "char": "'x' || id",
+    "smallint": "1000 + id",
+    "int": "1000 + id",
+    "bigint": "1000 + id",
+    "numeric": "1000 + id",
+    "double": "1000 + id",
+    "uuid": "gen_random_uuid()",
+    "date": "'2030-01-01'::date + id",
+    "timestamptz": "'2030-01-01'::timestamptz + id * interval '1 day'",
+    "timestamp": "'2030-01-01'::timestamp + id * interval '1 day'",
+    "inet": "null",
+}
+
+
+@pytest.mark.core
+def test_unique_values_of_any_usual_type_rotate(pair: Pair) -> None:
+    tables = {f"seats_{n}": name for n, name in enumerate(TYPES)}
+    ddl = ";".join(
+        SEATS.format(name).replace("table seats", f"table {table}")
+        for table, name in tables.items()
+    )
+    link(pair, ddl, *tables)
+    for table, name in tables.items():
+        for number, value in enumerate(TYPES[name], 1):
+            pair.crm.execute(f"insert into {table} values ({number}, {value})")
+    converge(pair, *tables)
+    before = {table: texts(pair.crm, table) for table in tables}
+    for table, name in tables.items():
+        exchange(pair.crm, table, "place", "id", FREE[name.replace("(", " ").split()[0]])
+    converge(pair, *tables)
+    for table, name in tables.items():
+        assert texts(pair.billing, table) != before[table], name
+    for table, name in tables.items():
+        exchange(pair.billing, table, "place", "id desc", FREE[name.replace("(", " ").split()[0]])
+    converge(pair, *tables)
+    assert {table: texts(pair.crm, table) for table in tables} == before
+
+
+def swapped(
+    pair: Pair, ddl: str, rows: str, statement: str, *, batch_size: int = 1000
+) -> list[str]:
+    """What billing has after crm swapped what is unique by one statement under a deferrable constraint of its own."""
+    link(pair, ddl, "t", batch_size=batch_size)
+    pair.crm.execute(f"insert into t values {rows}")
+    converge(pair, "t")
+    # crm alone lets the application swap in one statement; billing enforces row by row.
+    indexes = pair.crm.rows(
+        "select indexrelid::regclass::text, pg_get_indexdef(indexrelid) from pg_index "
+        "where indrelid = 't'::regclass and not indisprimary"
+    )
+    with pair.crm.connect(autocommit=False) as session:
+        for name, _ in indexes:
+            session.execute(f"alter table t drop constraint if exists {name}".encode())
+            session.execute(f"drop index if exists {name}".encode())
+        session.execute(statement.encode())
+        for _, definition in indexes:
+            session.execute(definition.encode())
+    sync_pair(pair)
+    assert failures(pair.crm) == []
+    assert texts(pair.billing, "t") == texts(pair.crm, "t")
+    return texts(pair.billing, "t")
+
+
+@pytest.mark.core
+def test_a_whole_table_of_positions_shifts_by_one(pair: Pair) -> None:
+    rows = swapped(
+        pair,
+        "create table t (id int primary key, position int not null unique)",
+        ", ".join(f"({n}, {n})" for n in range(1, 101)),
+        "update t set position = position % 100 + 1",
+    )
+    assert "(100,1)" in rows
+
+
+def test_a_partial_index_changes_its_row(pair: Pair) -> None:
+    rows = swapped(
+        pair,
+        """create table t (id int primary key, owner int not null, is_default boolean not null);
+        create unique index on t (owner) where is_default""",
+        "(1, 1, true), (2, 1, false), (3, 2, false), (4, 2, true)",
+        "update t set is_default = not is_default",
+    )
+    assert rows == ["(1,1,f)", "(2,1,t)", "(3,2,t)", "(4,2,f)"]
+
+
+def test_an_expression_index_rotates(pair: Pair) -> None:
+    rows = swapped(
+        pair,
+        """create table t (id int primary key, email text not null);
+        create unique index on t (lower(email))""",
+        "(1, 'A'), (2, 'b'), (3, 'C')",
+        "update t set email = case id when 1 then 'B' when 2 then 'c' else 'a' end",
+    )
+    assert rows == ["(1,B)", "(2,c)", "(3,a)"]
+
+
+def test_a_composite_constraint_with_a_foreign_key_in_it_swaps(pair: Pair) -> None:
+    rows = swapped(
+        pair,
+        """create table o (id int primary key); insert into o values (1), (2);
+        create table t (id int primary key, owner int not null references o, rank int not null,
+            unique (owner, rank))""",
+        "(1, 1, 1), (2, 1, 2), (3, 2, 1)",
+        "update t set rank = 3 - rank where owner = 1",
+    )
+    assert rows == ["(1,1,2)", "(2,1,1)", "(3,2,1)"]
+
+
+def test_nulls_not_distinct_pass_their_null_on(pair: Pair, pg_version: int) -> None:
+    if pg_version < 15:
+        pytest.skip("NULLS NOT DISTINCT came with PostgreSQL 15")
+    rows = swapped(
+        pair,
+        "create table t (id int primary key, code text, unique nulls not distinct (code))",
+        "(1, null), (2, 'b')",
+        "update t set code = case id when 1 then 'b' end",
+    )
+    assert rows == ["(1,b)", "(2,)"]
+
+
+def test_two_unique_columns_swap_at_once(pair: Pair) -> None:
+    rows = swapped(
+        pair,
+        "create table t (id int primary key, a int not null unique, b text unique)",
+        "(1, 1, 'x'), (2, 2, 'y'), (3, 3, 'z')",
+        """update t set a = 4 - a, b = case b when 'x' then 'y' when 'y' then 'z' else 'x' end""",
+    )
+    assert rows == ["(1,3,y)", "(2,2,z)", "(3,1,x)"]
+
+
+def test_a_swap_over_two_batches_brings_the_other_record_along(pair: Pair) -> None:
+    rows = swapped(
+        pair,
+        "create table t (id int primary key, code text not null unique)",
+        "(1, 'a'), (2, 'b'), (3, 'c'), (4, 'd')",
+        "update t set code = case id when 1 then 'd' when 2 then 'c' when 3 then 'b' else 'a' end",
+        batch_size=1,
+    )
+    assert rows == ["(1,d)", "(2,c)", "(3,b)", "(4,a)"]
+
+
+@pytest.mark.core
+def test_a_record_takes_the_value_of_one_that_is_deleted_or_gets_a_new_key(pair: Pair) -> None:
+    link(
+        pair,
+        """create table people (id int primary key, email text not null unique);
+        create table notes (id int primary key,
+            person int not null references people on update cascade)""",
+        "people",
+        "notes",
+    )
+    pair.crm.execute(
+        "insert into people values (1, 'a'), (2, 'b'); insert into notes values (1, 1)"
+    )
+    converge(pair, "people", "notes")
+    # Children keep the old row from being deleted before the new one is in.
+    pair.crm.execute("update people set id = 10 where id = 1")
+    pair.crm.execute("delete from people where id = 2")
+    pair.crm.execute("insert into people values (20, 'b')")
+    converge(pair, "people", "notes")
+    assert texts(pair.billing, "people") == ["(10,a)", "(20,b)"]
+    assert texts(pair.billing, "notes") == ["(1,10)"]
+
+
+@pytest.mark.core
+def test_a_real_collision_fails_with_both_keys_named_and_no_row_goes(pair: Pair) -> None:
+    link(pair, "create table people (id int primary key, email text not null unique)", "people")
+    pair.crm.execute("insert into people values (1, 'same'), (3, 'other')")
+    pair.billing.execute("insert into people values (2, 'same')")
+    sync_pair(pair)
+    assert texts(pair.crm, "people") == ["(1,same)", "(3,other)"]
+    assert texts(pair.billing, "people") == ["(2,same)", "(3,other)"]
+    for node, mine, theirs in ((pair.crm, "1", "2"), (pair.billing, "2", "1")):
+        (failure,) = failures(node)
+        assert failure[:3] == ("people", mine, "23505")
+        assert "(email)=(same)" in failure[3]
+        assert f"held by record {theirs}" in failure[3]
+    # An operator gives one of them another value; both heal.
+    pair.billing.execute("update people set email = 'new' where id = 2")
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    pair.billing.execute("update sync.sync_failures set next_attempt_at = now()")
+    converge(pair, "people")
+    assert texts(pair.crm, "people") == ["(1,same)", "(2,new)", "(3,other)"]
+
+
+def test_a_swap_is_not_spoilt_by_a_record_that_fails_in_the_same_batch(pair: Pair) -> None:
+    link(
+        pair,
+        (
+            "create table t (id int primary key, code text not null unique, age int)",
+            "create table t (id int primary key, code text not null unique, age int check (age > 0))",
+        ),
+        "t",
+    )
+    pair.crm.execute("insert into t values (1, 'a', 1), (2, 'b', 1), (3, 'c', 1)")
+    converge(pair, "t")
+    exchange(pair.crm, "t", "code", "id", "'x' || id")
+    pair.crm.execute("insert into t values (4, 'd', -1), (5, 'e', 1)")
+    sync_pair(pair)
+    assert texts(pair.billing, "t") == ["(1,b,1)", "(2,c,1)", "(3,a,1)", "(5,e,1)"]
+    assert [row[:3] for row in failures(pair.crm)] == [("t", "4", "23514")]
+
+
+def test_a_swap_is_not_spoilt_by_a_real_collision_in_the_same_batch(pair: Pair) -> None:
+    link(pair, "create table t (id int primary key, code text not null unique)", "t")
+    pair.crm.execute("insert into t values (1, 'a'), (2, 'b'), (3, 'c')")
+    converge(pair, "t")
+    pair.billing.execute("insert into t values (9, 'taken')")
+    # 3 wants what billing's own row has, 4 what 3 keeps because of that; 1 and 2 swap.
+    pair.crm.execute("update t set code = 'taken' where id = 3; insert into t values (4, 'c')")
+    pair.crm.execute("update t set code = 'x' where id = 1; update t set code = 'a' where id = 2")
+    pair.crm.execute("update t set code = 'b' where id = 1")
+    sync_pair(pair)
+    assert texts(pair.billing, "t") == ["(1,b)", "(2,a)", "(3,c)", "(9,taken)"]
+    first, second = failures(pair.crm)
+    assert (first[1], second[1]) == ("3", "4")
+    assert "held by record 9" in first[3]
+    assert "held by record 3" in second[3]
+
+
+def test_a_row_of_the_targets_own_work_is_never_moved(pair: Pair) -> None:
+    link(pair, "create table t (id int primary key, code text unique)", "t")
+    pair.crm.execute("insert into t values (1, 'a'), (2, 'b')")
+    converge(pair, "t")
+    # billing gives 'c' to a new record of its own while crm gives it to an old one.
+    pair.billing.execute("insert into t values (3, 'c')")
+    pair.crm.execute("update t set code = 'c' where id = 1")
+    totals(pair)
+    assert texts(pair.billing, "t") == ["(1,a)", "(2,b)", "(3,c)"]
+    assert "held by record 3" in failures(pair.crm)[0][3]
+
+
+def test_a_parked_parent_that_has_to_stay_keeps_its_value(pair: Pair) -> None:
+    link(
+        pair,
+        """create table people (id int primary key, email text not null unique);
+        create table notes (id int primary key, person int not null references people)""",
+        "people",
+        "notes",
+    )
+    pair.crm.execute("insert into people values (1, 'a')")
+    converge(pair, "people", "notes")
+    # crm hands the value on to a new record; billing gives the old one a child.
+    pair.crm.execute("delete from people where id = 1; insert into people values (2, 'a')")
+    pair.billing.execute("insert into notes values (1, 1)")
+    sync_pair(pair)
+    assert pair.billing.value("select email from people where id = 1") == "a"
+    (failure,) = failures(pair.crm)
+    assert failure[:3] == ("people", "2", "23505")
+
+
+def test_a_unique_value_that_others_refer_to_is_not_parked(pair: Pair) -> None:
+    link(
+        pair,
+        """create table kinds (id int primary key, code text unique);
+        create table items (id int primary key, code text references kinds (code) on update cascade)""",
+        "kinds",
+        "items",
+    )
+    pair.crm.execute(
+        "insert into kinds values (1, 'a'), (2, 'b'); insert into items values (1, 'a')"
+    )
+    converge(pair, "kinds", "items")
+    exchange(pair.crm, "kinds", "code", "id", "'x' || id")
+    sync_pair(pair)
+    # Moving the value away would move billing's children along: a visible failure instead.
+    assert {row[2] for row in failures(pair.crm)} <= {"23505", "23503"}
+    assert pair.billing.rows("select * from items where code is null") == []
