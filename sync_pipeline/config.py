@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import psycopg
 import yaml
@@ -373,6 +373,9 @@ class _Options(_Model):
     )
     clock_warning_seconds: float = Field(
         default=5.0, gt=0, le=86_400, description="seconds above 0, at most 86400"
+    )
+    sequences: Literal["leave", "interleave"] = Field(
+        default="leave", description="`leave` or `interleave`"
     )
 
     @field_validator("statement_timeout_seconds")

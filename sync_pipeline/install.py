@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import psycopg
 from psycopg import sql
 
-from sync_pipeline import capture, catalog, queries
+from sync_pipeline import capture, catalog, queries, sequences
 from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, query, scalar
 from sync_pipeline.errors import NotInstalled, PassInterrupted, SyncPipelineError
@@ -40,18 +40,31 @@ def install(config: Config, connections: Mapping[str, Connection]) -> list[Step]
         for steps in _units(config, node.name, connection, found):
             _with_lock_retries(node.name, lambda: _run(connection, config, steps))  # noqa: B023
             done += steps
+    for step in _sequence_steps(config, connections, found):
+        connection = connections[step.node]
+        _with_lock_retries(step.node, lambda: _run(connection, config, [step]))  # noqa: B023
+        done.append(step)
     return done
 
 
 def plan(config: Config, connections: Mapping[str, Connection]) -> list[Step]:
     """Return the statements that `install` would run now, and run none."""
     found = catalog.read(config, connections, strict=True)
-    return [
+    units = [
         step
         for node in config.nodes
         for steps in _units(config, node.name, connections[node.name], found)
         for step in steps
     ]
+    return [*units, *_sequence_steps(config, connections, found)]
+
+
+def _sequence_steps(
+    config: Config, connections: Mapping[str, Connection], found: catalog.Catalog
+) -> list[Step]:
+    if config.sequences == "leave":
+        return []
+    return [Step(*step) for step in sequences.interleave(config, connections, found)]
 
 
 def uninstall(config: Config, connections: Mapping[str, Connection]) -> list[Step]:

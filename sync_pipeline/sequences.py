@@ -1,7 +1,7 @@
 """The sequences behind synced columns, and which will hand out a value that is taken or that the peer takes too."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from psycopg import sql
@@ -11,6 +11,8 @@ from sync_pipeline import queries
 from sync_pipeline.catalog import Catalog
 from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, query, scalar
+
+HEADROOM_VALUES = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,22 @@ def interleaving(risk: Risk, *, first: bool) -> str:
     beyond = max(max(s.next_value, s.greatest or 0) for s in sequences) + 1
     start = beyond + (beyond % 2 == (0 if first else 1))
     return f"alter sequence {risk.sequence.shown} increment by 2 restart with {start}"
+
+
+def interleave(
+    config: Config, connections: Mapping[str, Connection], found: Catalog
+) -> Iterator[tuple[str, str]]:
+    """Yield node and statement for each sequence at risk: odd on the first node, even on the second."""
+    for risk in sequences_at_risk(config, connections, found):
+        # Applications go on while this runs; what they take meanwhile must not be given again.
+        one, two = (
+            s and replace(s, next_value=s.next_value + HEADROOM_VALUES)
+            for s in (risk.sequence, risk.peer)
+        )
+        for mine, peer in ((one, two), (two, one)):
+            if mine is not None:
+                first = mine.node == config.first.name
+                yield mine.node, interleaving(Risk(mine, peer), first=first)
 
 
 def _meet(one: Sequence, two: Sequence) -> bool:

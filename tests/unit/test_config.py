@@ -148,6 +148,7 @@ def test_every_option_has_the_documented_default() -> None:
     assert config.lock_timeout_seconds == 10
     assert config.statement_timeout_seconds == 0
     assert config.clock_warning_seconds == 5
+    assert config.sequences == "leave"
     assert config.path is None
 
 
