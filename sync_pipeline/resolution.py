@@ -27,20 +27,25 @@ class Resolution:
 
 
 def resolve(
-    config: Config, connections: Mapping[str, Connection], conflict_id: int, winner: str
+    config: Config,
+    connections: Mapping[str, Connection],
+    conflict_id: int,
+    winner: str,
+    node: str | None = None,
 ) -> Resolution:
-    """Let `winner`'s row win a conflict.
+    """Let `winner`'s row win a conflict. Each node numbers its own: `node` says whose number is meant.
 
     A held conflict: the other node forgets its change, the winner's is sent. A decided one whose winner was another:
     the losing row is written back from the log on the node that has the log, as a change that then syncs; whatever
-    became of the record since is overwritten. Raises `SyncPipelineError` for an unknown number or node.
+    became of the record since is overwritten. Raises `SyncPipelineError` for an unknown number or node, and for a
+    number that both nodes have when `node` is not given.
     """
     names = [node.name for node in config.nodes]
     if winner not in names:
         raise SyncPipelineError(
             f"unknown node {winner!r}", remedy=f"name one of {', '.join(names)}"
         )
-    node, conflict = _find(config, connections, conflict_id)
+    node, conflict = _find(config, connections, conflict_id, node)
     table, record_id = conflict["table_name"], conflict["record_id"]
     key = {"table_name": table, "record_id": record_id}
     settled = Resolution(conflict_id, table, record_id, winner, None)
@@ -71,23 +76,36 @@ def resolve(
             config,
             connections[side.name],
             "resolve_conflicts",
-            {**key, "id": conflict_id, "winner": winner},
+            {**key, "id": conflict_id if side.name == node else None, "winner": winner},
         )
     return Resolution(conflict_id, table, record_id, winner, changed)
 
 
 def _find(
-    config: Config, connections: Mapping[str, Connection], conflict_id: int
+    config: Config, connections: Mapping[str, Connection], conflict_id: int, node: str | None
 ) -> tuple[str, dict[str, Any]]:
     statement = query(queries.get("read_conflict", config.schema_name))
-    for node in config.nodes:
-        with connections[node.name].cursor(row_factory=dict_row) as cursor:
+    found: dict[str, dict[str, Any]] = {}
+    for name in [node] if node is not None else [side.name for side in config.nodes]:
+        with connections[name].cursor(row_factory=dict_row) as cursor:
             row = cursor.execute(statement, {"id": conflict_id}).fetchone()
         if row is not None:
-            return node.name, row
-    raise SyncPipelineError(
-        f"no conflict has the number {conflict_id}", remedy="see `sync-pipeline conflicts list`"
-    )
+            found[name] = row
+    if not found:
+        raise SyncPipelineError(
+            f"no conflict has the number {conflict_id}",
+            node=node,
+            remedy="see `sync-pipeline conflicts list`",
+        )
+    if len(found) > 1:
+        meant = ", ".join(
+            f"{row['table_name']} {row['record_id']} on {name}" for name, row in found.items()
+        )
+        raise SyncPipelineError(
+            f"both nodes have a conflict {conflict_id}: {meant}",
+            remedy="say which is meant with --node",
+        )
+    return found.popitem()
 
 
 def _run(config: Config, connection: Connection, name: str, parameters: dict[str, Any]) -> None:

@@ -1,0 +1,136 @@
+"""The program: its options for every command, its connections, and what becomes of an error."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import psycopg
+import typer
+
+from sync_pipeline import __version__
+from sync_pipeline.cli.show import complain, say
+from sync_pipeline.config import Config
+from sync_pipeline.database import Connection, connected
+from sync_pipeline.errors import SyncPipelineError, without_passwords
+
+PROGRAM = "sync-pipeline"
+FAILED = 1
+USAGE = 2
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE",
+        help="The configuration; default: $SYNC_CONFIG, else ./sync.yaml.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
+]
+KeyOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--key",
+        metavar="KEY",
+        help='A record, by its record_id: 42, or \'["42", "7"]\' for two columns; may be repeated.',
+        show_default=False,
+    ),
+]
+TableArgument = Annotated[
+    str | None, typer.Argument(metavar="TABLE", help="Only this table.", show_default=False)
+]
+NodeOption = Annotated[
+    str | None,
+    typer.Option("--node", metavar="NODE", help="Only this node.", show_default=False),
+]
+
+app = typer.Typer(
+    name=PROGRAM,
+    epilog=f"Example: {PROGRAM} install && {PROGRAM} stream",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def example(arguments: str) -> str:
+    """Return the last line of a command's help."""
+    return f"Example: {PROGRAM} {arguments}"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Keep two PostgreSQL databases equal in both directions."""
+
+
+def main() -> None:
+    """Run the program on the arguments of the process. Expected errors are one clear message on stderr."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name that the terminal's encoding lacks must not end the program.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    # Unwind, so that running statements are cancelled and the locks are free at once.
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(prog_name=PROGRAM)
+    except SyncPipelineError as error:
+        complain(str(error))
+        sys.exit(error.exit_code)
+    except psycopg.Error as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        complain(without_passwords(f"PostgreSQL: {lines[0]}"))
+        sys.exit(FAILED)
+
+
+@contextmanager
+def open_nodes(config: Config) -> Iterator[dict[str, Connection]]:
+    """Connect to both nodes for a `with` block; raises for the first that cannot be reached."""
+    with open_reachable(config) as (connections, unreachable):
+        for error in unreachable.values():
+            raise error
+        yield connections
+
+
+@contextmanager
+def open_reachable(
+    config: Config, only: str | None = None
+) -> Iterator[tuple[dict[str, Connection], dict[str, SyncPipelineError]]]:
+    """Connect to the nodes for a `with` block; yields connections, and why a node has none."""
+    connections = {}
+    unreachable = {}
+    with ExitStack() as stack:
+        for node in config.nodes if only is None else (config.node(only),):
+            try:
+                connections[node.name] = stack.enter_context(connected(node, config, "operator"))
+            except SyncPipelineError as error:
+                unreachable[node.name] = error
+        yield connections, unreachable
+
+
+def refuse(message: str) -> NoReturn:
+    """End as for wrong usage: nothing was done, and the message says what to add."""
+    complain(message)
+    raise typer.Exit(USAGE)
+
+
+def _terminate(signum: int, _: object) -> NoReturn:
+    sys.exit(128 + signum)

@@ -1,0 +1,212 @@
+"""Run: `sync`, `stream`, `pause`, `resume`."""
+
+import json
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from sync_pipeline import config as configuration
+from sync_pipeline import operate
+from sync_pipeline import stream as loop
+from sync_pipeline.cli import show
+from sync_pipeline.cli.app import ConfigOption, JsonOption, example, open_nodes, open_reachable
+from sync_pipeline.cli.signals import stopped_by_signals
+from sync_pipeline.config import Config
+from sync_pipeline.errors import LockTaken
+from sync_pipeline.records import Counts, DirectionReport
+from sync_pipeline.stream import Listener, Totals
+
+PANEL = "Run"
+COUNTS = ("upserted", "deleted", "unchanged", "conflicts", "failed")
+
+
+class LogFormat(StrEnum):
+    """How `stream` says what it does."""
+
+    text = "text"
+    json = "json"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    app.command(rich_help_panel=PANEL, epilog=example("sync --json"))(sync)
+    app.command(rich_help_panel=PANEL, epilog=example("stream --log-format json"))(stream)
+    app.command(rich_help_panel=PANEL, epilog=example("pause"))(pause)
+    app.command(rich_help_panel=PANEL, epilog=example("resume"))(resume)
+
+
+def sync(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Pass until nothing is pending that can be applied now; exit 3 when another worker leads."""
+    link = configuration.load(config)
+    totals = loop.sync(link, Listener(interrupted=_interrupted))
+    with open_nodes(link) as connections:
+        pending = operate.pending_counts(link, connections)
+    if as_json:
+        show.document(_totals(totals) | {"paused": totals.paused, "pending": pending})
+        return
+    if totals.paused:
+        waiting = ", ".join(f"{number:,} pending on {node}" for node, number in pending.items())
+        show.say(f"paused: nothing was synced, {waiting}; `sync-pipeline resume` lets it go on")
+        return
+    rows = [
+        (name, *(getattr(counts, each) for each in COUNTS))
+        for name, counts in totals.directions.items()
+    ]
+    show.console().print(show.table(None, ("direction", *COUNTS), rows))
+    waiting = ", ".join(f"{node} {number:,}" for node, number in pending.items())
+    passes = f"{totals.passes:,} {'pass' if totals.passes == 1 else 'passes'}"
+    show.say(f"{passes} in {show.duration(totals.seconds)}; still pending: {waiting}")
+    if any(counts.failed for counts in totals.directions.values()):
+        show.say("some records failed: `sync-pipeline failures` shows why")
+
+
+def stream(
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            "--seconds",
+            min=0,
+            metavar="N",
+            help="End after N seconds; default: run until stopped.",
+            show_default=False,
+        ),
+    ] = None,
+    log_format: Annotated[
+        LogFormat, typer.Option("--log-format", help="One line of text or of JSON per occurrence.")
+    ] = LogFormat.text,
+) -> None:
+    """Sync continuously until stopped; a second worker stands by until the first is gone.
+
+    SIGINT and SIGTERM end it cleanly after the running pass, a second one at once. The log goes to stdout, with
+    `--json` to stderr.
+    """
+    link = configuration.load(config)
+    log = Log(link, log_format, to_stderr=as_json)
+    with stopped_by_signals() as stop:
+        totals = loop.stream(link, stop, seconds=seconds, listener=log.listener())
+    log.stopped(totals)
+    if as_json:
+        show.document(_totals(totals))
+
+
+def pause(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Stop consumption on both nodes; changes are still captured and wait.
+
+    A worker that runs notices within seconds. With one node down the other is paused, which is enough to stop, and
+    the command ends with 1.
+    """
+    _switch(configuration.load(config), paused=True, as_json=as_json)
+
+
+def resume(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Let consumption go on, on both nodes."""
+    _switch(configuration.load(config), paused=False, as_json=as_json)
+
+
+def _switch(link: Config, *, paused: bool, as_json: bool) -> None:
+    with open_reachable(link) as (connections, unreachable):
+        change = operate.pause if paused else operate.resume
+        change(link, connections)
+    for error in unreachable.values():
+        raise error
+    if as_json:
+        show.document({"paused": paused})
+    else:
+        show.say("paused; changes are still captured" if paused else "resumed")
+
+
+class Log:
+    """What `stream` does, a line each. With JSON, `event` is one of a few constant names."""
+
+    def __init__(self, link: Config, log_format: LogFormat, *, to_stderr: bool) -> None:
+        self._link = link
+        self._format = log_format
+        self._print = show.complain if to_stderr else show.say
+        self._standing_by = False
+
+    def listener(self) -> Listener:
+        """Return what the loop tells."""
+        return Listener(
+            passed=self.passed,
+            leading=self.leading,
+            standing_by=self.standing_by,
+            interrupted=self.interrupted,
+        )
+
+    def leading(self) -> None:
+        """This worker has the locks of both nodes."""
+        self._standing_by = False
+        names = " and ".join(node.name for node in self._link.nodes)
+        self._write("leading", f"leading {names}", nodes=[node.name for node in self._link.nodes])
+
+    def standing_by(self, error: LockTaken) -> None:
+        """Another worker leads; said once, not at every try."""
+        if not self._standing_by:
+            self._standing_by = True
+            self._write(
+                "standing_by", f"standing by: {error.node}: {error.problem}", reason=error.problem
+            )
+
+    def passed(self, reports: list[DirectionReport]) -> None:
+        """A pass has ended; one that did nothing is not mentioned."""
+        worth = [report for report in reports if report.did_something or report.recovered]
+        if worth:
+            directions = {report.name: _report(report) for report in worth}
+            self._write("pass", "; ".join(map(_in_words, worth)), directions=directions)
+
+    def interrupted(self, error: Exception, seconds: float) -> None:
+        """A pass or an attempt to connect ended early."""
+        text = f"interrupted: {error}; trying again in {show.duration(seconds)}"
+        self._write("interrupted", text, error=str(error), retry_seconds=round(seconds, 3))
+
+    def stopped(self, totals: Totals) -> None:
+        """The loop has ended as it was asked to."""
+        text = f"stopped after {show.duration(totals.seconds)}, passes that did something: {totals.passes:,}"
+        self._write("stopped", text, passes=totals.passes, seconds=round(totals.seconds, 3))
+
+    def _write(self, event: str, text: str, **details: Any) -> None:
+        now = datetime.now(UTC)
+        if self._format is LogFormat.json:
+            line = {"event": event, "at": now.isoformat(timespec="milliseconds"), **details}
+            self._print(json.dumps(line))
+        else:
+            at = now.astimezone().isoformat(sep=" ", timespec="seconds")
+            self._print(show.printable(f"{at} {text}"))
+
+
+def _totals(totals: Totals) -> dict[str, Any]:
+    return {
+        "passes": totals.passes,
+        "seconds": round(totals.seconds, 3),
+        "directions": {name: _counts(counts) for name, counts in totals.directions.items()},
+    }
+
+
+def _counts(counts: Counts) -> dict[str, int]:
+    return {each: getattr(counts, each) for each in COUNTS}
+
+
+def _report(report: DirectionReport) -> dict[str, Any]:
+    return _counts(report.total) | {
+        "lag_seconds": round(report.lag_seconds, 3),
+        "set_aside": report.set_aside,
+        "recovered": report.recovered,
+    }
+
+
+def _in_words(report: DirectionReport) -> str:
+    total = report.total
+    parts = [f"{number:,} {name}" for name in COUNTS if (number := getattr(total, name))]
+    if report.set_aside:
+        parts.append(f"{report.set_aside:,} set aside")
+    if report.recovered:
+        parts.append(f"{report.recovered:,} recovered")
+    return f"{report.name}: {', '.join(parts) or 'nothing to apply'} (lag {show.duration(report.lag_seconds)})"
+
+
+def _interrupted(error: Exception, seconds: float) -> None:
+    show.complain(f"interrupted: {error}; trying again in {show.duration(seconds)}")

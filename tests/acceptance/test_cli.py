@@ -1,0 +1,205 @@
+"""What holds for every command: help, configuration, exit codes, JSON, and errors without a traceback."""
+
+import json
+import subprocess
+from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
+import typer.main
+
+from sync_pipeline.cli import app, main
+from tests.engine import installed, sync_pair
+from tests.helpers import Pair, write_config
+from tests.program import PROGRAM, answer, refused, run
+
+COMMANDS = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def link(pair: Pair) -> Pair:
+    installed(pair)
+    return pair
+
+
+def test_the_console_script_is_the_program() -> None:
+    (script,) = entry_points(group="console_scripts", name="sync-pipeline")
+    assert script.load() is main
+
+
+def test_there_is_every_command_of_the_contract() -> None:
+    assert set(COMMANDS) == {
+        *("install", "uninstall", "doctor", "sync", "stream", "status", "pending", "failures"),
+        *("conflicts", "replay", "backfill", "verify", "pause", "resume", "demo"),
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_every_option_says_what_it_does(name: str) -> None:
+    command = COMMANDS[name]
+    assert command.help
+    for parameter in command.params:
+        assert parameter.help, f"{name}: {parameter.name} has no help"
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {"--config", "--json"} <= options
+    assert command.epilog.startswith(f"Example: sync-pipeline {name}")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_at_the_end_of_the_help_is_a_command_that_parses(name: str) -> None:
+    arguments = COMMANDS[name].epilog.removeprefix("Example: sync-pipeline ").split()
+    COMMANDS[name].make_context(name, arguments[1:])
+
+
+def test_help_ends_with_the_example() -> None:
+    shown = subprocess.run(
+        [*PROGRAM, "replay", "--help"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert shown.strip().splitlines()[-1].strip() == (
+        "Example: sync-pipeline replay users --node crm --key 42"
+    )
+
+
+def test_the_version_is_told(pair: Pair) -> None:
+    assert run(pair, "--version", configured=False).stdout == "sync-pipeline 0.1.0\n"
+
+
+def test_the_configuration_is_found_by_option_variable_or_folder(link: Pair) -> None:
+    beside = run(link, "status", "--json", configured=False)
+    assert beside.returncode == 0, "the process runs in the folder of sync.yaml"
+    elsewhere = link.config_path.rename(link.config_path.with_name("other.yaml"))
+    assert run(link, "status", configured=False).returncode == 1
+    by_variable = run(link, "status", configured=False, SYNC_CONFIG=str(elsewhere))
+    assert by_variable.returncode == 0, by_variable.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["install"], ["sync"], ["status"], ["backfill", "--from", "crm"]], ids=" ".join
+)
+def test_a_wrong_configuration_is_named_with_file_and_place(
+    pair: Pair, arguments: list[str]
+) -> None:
+    pair.config_path.write_text("nodes: {crm: {dsn: x}}\ntables: [users]\ncolour: red\n")
+    message = refused(pair, *arguments)
+    assert f"{pair.config_path}:3" in message
+    assert "colour" in message
+
+
+def test_a_table_that_does_not_exist_ends_install_before_anything_is_changed(pair: Pair) -> None:
+    write_config(pair.config_path, ["users", "unicorns"])
+    message = refused(pair, "install")
+    assert "tables[1] (unicorns)" in message
+    assert pair.crm.value("select to_regnamespace('sync')") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "known"),
+    [
+        (["pending", "usrs"], ["usrs", "accounts", "users", "orders"]),
+        (["pending", "--node", "shop"], ["shop", "crm", "billing"]),
+        (["failures", "retry", "usrs"], ["usrs", "accounts", "users", "orders"]),
+        (["failures", "retyr"], ["retyr", "list, retry, discard", "accounts", "users"]),
+        (["replay", "usrs", "--node", "crm", "--all"], ["usrs", "users", "accounts"]),
+        (["replay", "users", "--node", "shop", "--all"], ["shop", "crm", "billing"]),
+        (["backfill", "--from", "shop"], ["shop", "crm", "billing"]),
+        (["backfill", "--from", "crm", "usrs"], ["usrs", "users", "accounts"]),
+        (["conflicts", "resolve", "1", "--winner", "shop"], ["shop", "crm", "billing"]),
+        (["verify", "usrs"], ["usrs", "users", "accounts"]),
+        (["verify", "--repair-from", "shop"], ["shop", "crm", "billing"]),
+    ],
+    ids=" ".join,
+)
+def test_an_unknown_name_is_answered_with_the_known_ones(
+    link: Pair, arguments: list[str], known: list[str]
+) -> None:
+    message = refused(link, *arguments)
+    assert len(message.splitlines()) == 1
+    for name in known:
+        assert name in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["dance"],
+        ["sync", "--loud"],
+        ["stream", "--seconds", "soon"],
+        ["status", "--watch", "--json"],
+        ["replay", "users", "--node", "crm"],
+        ["replay", "users", "--node", "crm", "--all", "--key", "1"],
+        ["replay", "users", "--node", "crm", "--where", "true; drop table users"],
+        ["failures", "discard", "--yes"],
+        ["failures", "discard", "--all"],
+        ["conflicts", "resolve", "first", "--winner", "crm"],
+        ["uninstall"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_ends_with_two(link: Pair, arguments: list[str]) -> None:
+    assert refused(link, *arguments, code=2)
+
+
+def test_a_node_that_is_down_is_one_line_without_a_password(link: Pair) -> None:
+    dsn = "postgresql://sync:secret@127.0.0.1:1/nothing"
+    for arguments in (["sync"], ["pending"], ["failures"], ["verify"], ["uninstall", "--yes"]):
+        result = run(link, *arguments, BILLING_DSN=dsn)
+        assert result.returncode == 1
+        assert result.stdout == ""
+        assert len(result.stderr.splitlines()) == 1
+        assert result.stderr.startswith("billing: cannot connect")
+        assert "secret" not in result.stderr
+
+
+def test_a_link_that_is_not_installed_is_told_to_be(pair: Pair) -> None:
+    for command in ("sync", "stream", "status", "pending", "failures", "conflicts", "pause"):
+        assert "run `sync-pipeline install`" in refused(pair, command)
+
+
+def test_what_postgresql_refuses_is_one_clear_line(link: Pair) -> None:
+    message = refused(link, "replay", "users", "--node", "crm", "--where", "colour = 'red'")
+    assert message == 'crm: column "colour" does not exist\n'
+
+
+@pytest.fixture
+def eventful(link: Pair) -> Pair:
+    """A link with an event, a failure and a conflict."""
+    link.crm.insert("accounts", id=1, name="one")
+    sync_pair(link)
+    link.crm.execute("update accounts set name = 'crm'")
+    link.billing.execute("update accounts set name = 'billing'")
+    link.billing.execute("alter table users add constraint adult check (age >= 18)")
+    link.crm.insert("users", id=1, account_id=1, email="a@x.org", age=3)
+    sync_pair(link)
+    link.crm.insert("accounts", id=2, name="two")
+    return link
+
+
+def test_json_is_the_only_thing_on_stdout(eventful: Pair) -> None:
+    def keys(*arguments: str) -> set[str]:
+        document: Any = answer(eventful, *arguments)
+        return set(document)
+
+    assert "events" in keys("pending")
+    assert "failures" in keys("failures")
+    assert "failures" in keys("failures", "retry")
+    assert "conflicts" in keys("conflicts")
+    assert {"nodes", "paused", "leader"} <= keys("status")
+    assert "marked" in keys("replay", "accounts", "--node", "crm", "--all")
+    assert "marked" in keys("backfill", "--from", "crm")
+    assert {"passes", "seconds", "directions", "pending"} <= keys("sync")
+    assert {"passes", "seconds", "directions"} <= keys("stream", "--seconds", "0.3")
+    assert "paused" in keys("pause")
+    assert "paused" in keys("sync")
+    assert "paused" in keys("resume")
+    assert "steps" in keys("install")
+    assert "steps" in keys("install", "--dry-run")
+    assert "discarded" in keys("failures", "discard", "--all", "--yes")
+    assert "steps" in keys("uninstall", "--yes")
+
+
+def test_doctor_and_verify_answer_in_json_whatever_they_find(eventful: Pair) -> None:
+    doctor = run(eventful, "doctor", "--json")
+    for finding in json.loads(doctor.stdout)["findings"]:
+        assert set(finding) == {"level", "check", "node", "table", "message", "remedy"}
+    verify = run(eventful, "verify", "--json")
+    assert {"equal", "tables"} <= set(json.loads(verify.stdout))

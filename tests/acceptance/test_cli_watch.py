@@ -1,0 +1,182 @@
+"""Status and pending: what an operator looks at."""
+
+import os
+import pty
+import re
+import select
+import subprocess
+import termios
+from contextlib import suppress
+
+import pytest
+
+from tests.engine import installed, sync_pair
+from tests.helpers import Node, Pair, write_config
+from tests.program import (
+    PROGRAM,
+    answer,
+    line_with,
+    refused,
+    run,
+    running,
+    stop,
+    succeed,
+    variables,
+)
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+@pytest.fixture
+def link(pair: Pair) -> Pair:
+    installed(pair)
+    return pair
+
+
+def test_status_counts_what_waits_failed_and_conflicted_on_each_node(link: Pair) -> None:
+    link.crm.insert("accounts", id=1, name="one")
+    sync_pair(link)
+    link.crm.execute("update accounts set name = 'crm'")
+    link.billing.execute("update accounts set name = 'billing'")
+    link.billing.execute("alter table users add constraint adult check (age >= 18)")
+    link.crm.insert("users", id=1, account_id=1, email="a@x.org", age=3)
+    sync_pair(link)
+    link.billing.insert("accounts", id=2, name="two")
+    link.billing.insert("accounts", id=3, name="three")
+
+    found = answer(link, "status")
+    assert found["paused"] is False
+    assert found["leader"] is None
+    crm, billing = found["nodes"]["crm"], found["nodes"]["billing"]
+    assert (crm["pending"], crm["retrying"], crm["dead"]) == (0, 1, 0)
+    assert (billing["pending"], billing["retrying"], billing["dead"]) == (2, 0, 0)
+    assert crm["conflicts_24h"] + billing["conflicts_24h"] == 1
+    assert crm["oldest_seconds"] == 0
+    assert billing["oldest_seconds"] > 0
+    assert crm["last_pass_at"] is not None
+    # Both servers run on this machine, so their clocks are the same one.
+    assert abs(found["clock_difference_seconds"]) <= found["clock_accuracy_seconds"] + 0.001
+    shown = succeed(link, "status")
+    assert "nobody leads" in shown
+
+
+def test_status_names_the_node_that_is_down_and_shows_the_other(link: Pair) -> None:
+    link.crm.insert("accounts", id=1, name="one")
+    down = "postgresql://127.0.0.1:1/nothing"
+    shown = run(link, "status", BILLING_DSN=down)
+    assert shown.returncode == 0
+    assert "billing: cannot connect" in shown.stdout
+    document = run(link, "status", "--json", BILLING_DSN=down)
+    assert '"pending": 1' in document.stdout
+    assert "billing: cannot connect" in document.stdout
+    both = run(link, "status", BILLING_DSN=down, CRM_DSN="postgresql://127.0.0.1:2/nothing")
+    assert both.returncode == 1
+    assert both.stdout == ""
+
+
+def test_status_names_the_node_that_is_not_installed(link: Pair) -> None:
+    link.billing.execute("drop schema sync cascade")
+    found = answer(link, "status")["nodes"]
+    assert found["crm"]["error"] is None
+    assert "sync-pipeline install" in found["billing"]["error"]
+
+
+def test_watch_prints_lines_where_there_is_no_terminal(link: Pair) -> None:
+    with running(link, "status", "--watch", "--interval", "0.1") as watching:
+        assert "crm: 0 pending" in line_with(watching, "pending")
+        link.crm.insert("accounts", id=1, name="one")
+        assert "billing: 0 pending" in line_with(watching, "crm: 1 pending")
+        assert stop(watching) == 0
+
+
+def test_watch_fits_a_terminal_of_80_columns(link: Pair) -> None:
+    link.crm.insert("accounts", id=1, name="one")
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 80))
+    try:
+        with subprocess.Popen(
+            [*PROGRAM, "status", "--watch", "--config", str(link.config_path)],
+            env=variables(link),
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+        ) as watching:
+            try:
+                screen = _read_until(master, "Ctrl-C ends it")
+                assert stop(watching) == 0
+            finally:
+                if watching.poll() is None:
+                    watching.kill()
+    finally:
+        os.close(slave)
+        os.close(master)
+    lines = [line.rstrip() for line in ESCAPES.sub("", screen).splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert any("pending" in line and "1" in line and "0" in line for line in lines)
+    assert "nobody leads" in screen
+    assert len([line for line in lines if line]) <= 24
+
+
+def test_pending_shows_the_oldest_events_and_whether_their_rows_exist(link: Pair) -> None:
+    link.crm.insert("accounts", id=1, name="one")
+    link.crm.insert("users", id=10, account_id=1, email="u@x.org")
+    link.crm.execute("delete from users")
+    link.billing.insert("accounts", id=2, name="two")
+    mark(link.crm, "unicorns", "1")
+    mark(link.crm, "users", "no number")
+
+    found = answer(link, "pending")
+    assert found["pending"] == {"crm": 5, "billing": 1}
+    seen = {(e["table_name"], e["record_id"], e["event_type"]): e for e in found["events"]}
+    assert seen["accounts", "1", "insert"]["row_exists"] is True
+    assert seen["users", "10", "insert"]["row_exists"] is False
+    assert seen["users", "10", "delete"]["row_exists"] is False
+    assert seen["unicorns", "1", "update"]["row_exists"] is None
+    assert seen["users", "no number", "update"]["row_exists"] is None
+    assert seen["accounts", "2", "insert"]["node"] == "billing"
+    made = [event["created_at"] for event in found["events"]]
+    assert made == sorted(made)
+    assert all(event["age_seconds"] >= 0 for event in found["events"])
+
+    assert len(answer(link, "pending", "--limit", "2")["events"]) == 2
+    users = answer(link, "pending", "users", "--node", "crm")
+    assert {event["table_name"] for event in users["events"]} == {"users"}
+    assert users["pending"] == {"crm": 3}
+    assert answer(link, "pending", "unicorns")["pending"]["crm"] == 1
+    assert "gone" in succeed(link, "pending")
+
+
+def test_pending_of_one_node_needs_only_that_node(link: Pair) -> None:
+    link.crm.insert("accounts", id=1, name="one")
+    down = "postgresql://127.0.0.1:1/nothing"
+    assert run(link, "pending", "--node", "crm", BILLING_DSN=down).returncode == 0
+    assert run(link, "pending", BILLING_DSN=down).returncode == 1
+
+
+def test_a_value_cannot_steer_the_terminal(link: Pair) -> None:
+    write_config(link.config_path, ["accounts"])
+    mark(link.crm, "accounts", "\x1b[2J[red]1[/red]")
+    shown = succeed(link, "pending")
+    assert "\x1b" not in shown
+    assert "[red]1[/red]" in shown.replace("\n", "")
+
+
+def test_an_unknown_table_is_refused_unless_events_name_it(link: Pair) -> None:
+    assert "accounts, users, orders" in refused(link, "pending", "unicorns")
+
+
+def mark(node: Node, table: str, record_id: str) -> None:
+    node.execute(
+        "insert into sync.sync_events (table_name, record_id) values (%s, %s)", table, record_id
+    )
+
+
+def _read_until(terminal: int, text: str) -> str:
+    """Read what a program draws until it has drawn `text`."""
+    drawn = ""
+    while text not in drawn:
+        ready, _, _ = select.select([terminal], [], [], 30)
+        assert ready, f"nothing more is drawn after {drawn!r}"
+        with suppress(OSError):
+            drawn += os.read(terminal, 65536).decode(errors="replace")
+    return drawn
