@@ -8,7 +8,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import psycopg
@@ -23,8 +23,8 @@ _STAGES = [
         r"^with .*\b(insert into|delete from|update)\b.*stage_|^(insert into|merge|update|delete) .*stage_",
     ),
     ("acknowledge", r"(delete from|update) .*sync_events|sync_failures|set last_pass_at"),
-    ("source read", r"sync_events.*(read_ids|limit|group by)"),
-    ("check", r"sync_events|set constraints|stage_"),
+    ("source read", r"next_events|waiting_events|sync_events.*(read_ids|limit|group by)"),
+    ("check", r"has_events|sync_events|set constraints|stage_"),
     ("ledger", r"sync_applied"),
     ("catalog", r"pg_class|pg_constraint|pg_attribute|pg_trigger|sync_node"),
 ]
@@ -91,24 +91,18 @@ def _watch_copies(clock: Clock) -> None:
     def timed_copy(self: Any, statement: Any, *args: Any, **options: Any) -> Iterator[Any]:
         stage = stage_of(_text(statement, self))
         if stage == "source read":
-            # The reader's own work between two reads is not the source's; see `timed_read`.
-            with copy(self, statement, *args, **options) as opened:
+            with ExitStack() as exits:
+                # The server answers with its first rows: by then it has scanned and sorted. The rest travels.
+                with clock.timed(stage):
+                    opened = exits.enter_context(copy(self, statement, *args, **options))
                 yield opened
         else:
             with clock.timed(stage), copy(self, statement, *args, **options) as opened:
                 yield opened
 
-    first_read: set[int] = set()
-
     def timed_read(self: Any) -> Any:
-        # Up to the first row the source scans and sorts; from then on rows travel.
-        stage = "transfer" if id(self) in first_read else "source read"
-        first_read.add(id(self))
-        with clock.timed(stage):
-            data = read(self)
-        if not data:
-            first_read.discard(id(self))
-        return data
+        with clock.timed("transfer"):
+            return read(self)
 
     psycopg.Cursor.copy = timed_copy  # type: ignore[method-assign]
     psycopg.Copy.read = timed_read  # type: ignore[method-assign]
