@@ -1,7 +1,7 @@
 """When Dagster starts runs by itself. The database says who leads; the run list only what was asked for just now."""
 
+import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 
 import dagster as dg
 
@@ -58,6 +58,7 @@ def stream_sensor(
     """Return the sensor that keeps a `stream_job` run alive, and has a successor stand by before it ends."""
     config = names.config
     successor_seconds = min(SUCCESSOR_SECONDS, budget_seconds / 2)
+    start_seconds = min(START_SECONDS, (budget_seconds - successor_seconds) / 2)
 
     @dg.sensor(
         name=names.of("stream_sensor"),
@@ -77,7 +78,7 @@ def stream_sensor(
         within_budget = 0
         for run_id, seconds in _in_progress(context.instance, job.name):
             run = f"run {run_id[:8]}"
-            if seconds is None or seconds < START_SECONDS:
+            if seconds is None or seconds < start_seconds:
                 return dg.SkipReason(f"{run} was asked for and leads or stands by")
             # Whatever its status says, a run that should lead while nobody does is dead.
             if seconds < budget_seconds - successor_seconds and leader is not None:
@@ -96,7 +97,7 @@ def _in_progress(instance: dg.DagsterInstance, job_name: str) -> Iterator[tuple[
 
     A run that says it is running may be dead, so what its age means is the caller's to judge.
     """
-    now = datetime.now(UTC).timestamp()
+    now = time.time()
     filters = dg.RunsFilter(job_name=job_name, statuses=[*NOT_STARTED, *UNDER_WAY])
     for record in instance.get_run_records(filters, limit=10):
         run = record.dagster_run

@@ -183,7 +183,7 @@ def test_a_backfill_of_the_backfill_page_marks_a_table_and_the_sensor_applies_it
         " insert into accounts (id, name) select n, 'billing' from generate_series(1, 20) n; commit"
     )
     assert not equal(link)
-    slices = [f"accounts/{number:02}-of-16" for number in (1, 2)]
+    slices = ["accounts/01-of-16"]
     backfill = dagster.backfill(slices, {"sync/from": "billing"})
     eventually(
         "the backfill has ended",
@@ -201,9 +201,10 @@ def test_a_backfill_of_the_backfill_page_marks_a_table_and_the_sensor_applies_it
     marked = len(link.crm.rows("accounts"))
     assert 0 < marked < 20
     tags = [{t["key"]: t["value"] for t in run["tags"]} for run in dagster.runs("backfill_job")]
-    assert sorted(tag["dagster/partition"] for tag in tags) == slices
+    assert [tag["dagster/partition"] for tag in tags] == slices
 
 
+@pytest.mark.soak
 def test_everything_works_on_postgres_storage(
     link: Pair, billing_server: Cluster, tmp_path: Path
 ) -> None:

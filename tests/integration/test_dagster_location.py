@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from shutil import copyfile
 
 import dagster as dg
 import pytest
@@ -19,8 +20,9 @@ from sync_pipeline.defs import build_sync_definitions
 from tests import dagster_runs
 from tests.dagster_runs import metadata, run, tick
 from tests.engine import installed
-from tests.helpers import Pair, write_config
+from tests.helpers import Cluster, Pair, write_config
 
+PRUNE_ALL = {"ops": {"prune": {"config": {"keep_days": 0}}}}
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = {"sync_job", "stream_job", "replay_job", "backfill_job", "verify_job", "maintenance_job"}
 
@@ -144,6 +146,35 @@ def test_the_settings_of_both_homes_are_valid_and_telemetry_is_off(home: str) ->
 def test_production_names_the_driver_of_its_storage() -> None:
     settings = yaml.safe_load((ROOT / "dagster_home/prod/dagster.yaml").read_text())
     assert settings["storage"]["postgres"]["postgres_db"]["scheme"] == "postgresql+psycopg2"
+
+
+def test_jobs_run_and_are_pruned_on_postgres_storage(
+    link: Pair, billing_server: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = billing_server.clone()
+    for name, value in {
+        "HOST": "127.0.0.1",
+        "PORT": str(billing_server.server.port),
+        "DB": database,
+        "USERNAME": "postgres",
+        "PASSWORD": "unused",
+    }.items():
+        monkeypatch.setenv(f"DAGSTER_PG_{name}", value)
+    copyfile(ROOT / "dagster_home/prod/dagster.yaml", tmp_path / "dagster.yaml")
+    link.crm.insert("accounts", id=1, name="one")
+    try:
+        with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+            for event in tick(link, instance, "watch_sensor").asset_events:
+                instance.report_runless_asset_event(event)
+            done = run(link, instance)
+            assert done.success
+            assert instance.all_logs(done.run_id)
+            told = metadata(run(link, instance, "maintenance_job", config=PRUNE_ALL), "prune")
+            assert told == {"runs": 1, "sensor_reports": 15, "conflicts": 0}
+            assert not instance.all_logs(done.run_id)
+            assert reports(instance) == 0
+    finally:
+        billing_server.drop(database)
 
 
 def test_maintenance_removes_old_runs_of_this_link_with_all_that_belongs_to_them(

@@ -1,0 +1,256 @@
+"""Dagster as it is deployed: webserver, daemon and code server, each a process, driven over GraphQL."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from unittest.mock import patch
+
+import dagster as dg
+import psutil
+
+from tests.helpers import Pair
+
+ROOT = Path(__file__).resolve().parents[1]
+HOME = ROOT / "dagster_home"
+LOCATION = "sync-pipeline"
+START_SECONDS = 90.0
+LOOK_SECONDS = 0.1
+ENDED = {"SUCCESS", "FAILURE", "CANCELED"}
+
+T = TypeVar("T")
+
+
+def eventually(what: str, look: Callable[[], T], seconds: float = 60.0) -> T:
+    """Look until something true is seen and return it; fail with `what` when the time is over."""
+    deadline = time.monotonic() + seconds
+    while not (seen := look()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} seconds: {what}"
+        time.sleep(LOOK_SECONDS)
+    return seen
+
+
+class Dagster:
+    """Three processes with a DAGSTER_HOME of their own for the link of a pair. Use as a `with` block."""
+
+    def __init__(
+        self,
+        pair: Pair,
+        home: Path,
+        *,
+        settings: Path = HOME / "dagster.yaml",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.home = home
+        home.mkdir(parents=True)
+        shutil.copyfile(settings, home / "dagster.yaml")
+        self.port, self._code_port = _free_port(), _free_port()
+        (home / "workspace.yaml").write_text(
+            f"load_from: [grpc_server: {{host: 127.0.0.1, port: {self._code_port}, location_name: {LOCATION}}}]"
+        )
+        self._environment = {
+            **os.environ,
+            **pair.environment,
+            **(environment or {}),
+            "SYNC_CONFIG": str(pair.config_path),
+            "DAGSTER_HOME": str(home),
+        }
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Self:
+        # Three processes that create the tables of one storage at the same moment get into each other's way.
+        with (
+            patch.dict(os.environ, self._environment),
+            dg.DagsterInstance.from_config(str(self.home)),
+        ):
+            pass
+        with ExitStack() as exits:
+            exits.push(self.__exit__)
+            for name in ("code", "webserver", "daemon"):
+                self.start(name)
+            eventually("the code location loads", self._is_loaded, START_SECONDS)
+            exits.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            for name in self._processes:
+                lines = (self.home / f"{name}.log").read_text("utf-8", "replace").splitlines()
+                print(f"--- {name}", *lines[-40:], sep="\n")
+        family = [
+            member
+            for process in self._processes.values()
+            if process.poll() is None
+            for member in psutil.Process(process.pid).children(recursive=True)
+        ]
+        for process in self._processes.values():
+            process.kill()
+            process.wait()
+        for member in family:
+            if member.is_running():
+                member.kill()
+
+    def start(self, name: str) -> None:
+        """Start one of the processes: `code`, `webserver` or `daemon`."""
+        workspace = str(self.home / "workspace.yaml")
+        arguments = {
+            "code": [
+                *("dagster", "api", "grpc", "-h", "127.0.0.1", "-p", str(self._code_port)),
+                *("-m", "sync_pipeline.definitions", "--location-name", LOCATION),
+            ],
+            "webserver": [
+                *("dagster_webserver", "-h", "127.0.0.1", "-p", str(self.port), "-w", workspace),
+            ],
+            "daemon": ["dagster._daemon", "run", "-w", workspace],
+        }[name]
+        with (self.home / f"{name}.log").open("ab") as log:
+            self._processes[name] = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                env=self._environment,
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+
+    def kill(self, name: str) -> None:
+        """Kill one of the processes with SIGKILL; what it started lives on."""
+        self._processes[name].send_signal(signal.SIGKILL)
+        self._processes[name].wait()
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes of the runs that the code server has started."""
+        return [
+            process
+            for process in psutil.Process(self._processes["code"].pid).children(recursive=True)
+            if "spawn_main" in " ".join(process.cmdline())
+        ]
+
+    def ask(self, query: str, **variables: Any) -> Any:
+        """Send a GraphQL query and return its data."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/graphql",
+            json.dumps({"query": query, "variables": variables}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310 - our own webserver
+            answer = json.load(response)
+        assert "errors" not in answer, answer["errors"]
+        return answer["data"]
+
+    def launch(
+        self,
+        job: str,
+        config: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> str:
+        """Launch a run as the launchpad does and return its id."""
+        answer = self.ask(
+            """mutation ($params: ExecutionParams!) { launchRun(executionParams: $params) {
+                ... on LaunchRunSuccess { run { id } } ... on Error { message }
+                ... on RunConfigValidationInvalid { errors { message } } } }""",
+            params={
+                "selector": _selector(jobName=job),
+                "runConfigData": config or {},
+                "executionMetadata": {
+                    "tags": [{"key": k, "value": v} for k, v in (tags or {}).items()]
+                },
+            },
+        )["launchRun"]
+        assert "run" in answer, answer
+        return str(answer["run"]["id"])
+
+    def backfill(self, partitions: Sequence[str], tags: Mapping[str, str]) -> str:
+        """Launch a backfill as Dagster's backfill page does and return its id."""
+        answer = self.ask(
+            """mutation ($params: LaunchBackfillParams!) { launchPartitionBackfill(backfillParams: $params) {
+                ... on LaunchBackfillSuccess { backfillId } ... on Error { message } } }""",
+            params={
+                "selector": {
+                    "partitionSetName": "backfill_job_partition_set",
+                    "repositorySelector": _selector(),
+                },
+                "partitionNames": list(partitions),
+                "tags": [{"key": k, "value": v} for k, v in tags.items()],
+            },
+        )["launchPartitionBackfill"]
+        assert "backfillId" in answer, answer
+        return str(answer["backfillId"])
+
+    def terminate(self, run_id: str) -> None:
+        """Terminate a run as the button does."""
+        answer = self.ask(
+            """mutation ($id: String!) { terminateRun(runId: $id) {
+                __typename ... on TerminateRunFailure { message } } }""",
+            id=run_id,
+        )["terminateRun"]
+        assert answer["__typename"] == "TerminateRunSuccess", answer
+
+    def status(self, run_id: str) -> str:
+        """The status of a run."""
+        answer = self.ask(
+            "query ($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }", id=run_id
+        )
+        return str(answer["runOrError"]["status"])
+
+    def ended(self, run_id: str, seconds: float = 90.0) -> str:
+        """Wait for the end of a run and return its status."""
+        eventually(f"the end of run {run_id}", lambda: self.status(run_id) in ENDED, seconds)
+        return self.status(run_id)
+
+    def runs(self, job: str) -> list[dict[str, Any]]:
+        """The runs of a job, the newest first: id, status, tags."""
+        answer = self.ask(
+            """query ($filter: RunsFilter) { runsOrError(filter: $filter) {
+                ... on Runs { results { id status tags { key value } } } } }""",
+            filter={"pipelineName": job},
+        )
+        return list(answer["runsOrError"]["results"])
+
+    def turn(self, sensor: str, *, on: bool) -> None:
+        """Start or stop a sensor."""
+        mutation = (
+            """mutation ($selector: SensorSelector!) {
+            startSensor(sensorSelector: $selector) { __typename } }"""
+            if on
+            else """mutation ($selector: SensorSelector!) {
+            stopSensor: resetSensor(sensorSelector: $selector) { __typename } }"""
+        )
+        self.ask(mutation, selector=_selector(sensorName=sensor))
+
+    def _is_loaded(self) -> bool:
+        for name, process in self._processes.items():
+            assert process.poll() is None, f"{name} ended, see its log"
+        try:
+            answer = self.ask(
+                "{ repositoriesOrError { ... on RepositoryConnection { nodes { name } } } }"
+            )
+        except OSError:
+            return False
+        return bool(answer["repositoriesOrError"].get("nodes"))
+
+
+def _selector(**names: str) -> dict[str, str]:
+    return {"repositoryLocationName": LOCATION, "repositoryName": "__repository__", **names}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
