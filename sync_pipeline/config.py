@@ -196,7 +196,7 @@ def _conninfo(dsn: SecretStr) -> SecretStr:
 def _condition(sql: str) -> str:
     if not sql.strip():
         raise _wrong("is empty", "remove it, or write a condition")
-    fault = _fault_in_condition(sql)
+    fault = fault_in_condition(sql)
     if fault:
         raise _wrong(fault, "write one SQL condition, as it would stand after WHERE")
     return sql
@@ -217,7 +217,8 @@ _SQL_TOKEN = re.compile(
 )
 
 
-def _fault_in_condition(sql: str) -> str | None:
+def fault_in_condition(sql: str) -> str | None:
+    """Say why `sql` cannot stand after WHERE as one condition; None when nothing speaks against it."""
     if "\0" in sql:
         return "contains a NUL character"
     depth = 0
@@ -440,9 +441,11 @@ class Config(_Options):
 
     def _unknown(self, kind: str, name: str, known: Sequence[str]) -> ConfigurationError:
         file = str(self.path) if self.path is not None else None
-        return ConfigurationError(
-            f"has no {kind} `{name}`", file=file, remedy=_suggest(name, known)
-        )
+        remedy = f"expected one of {', '.join(known)}"
+        close = difflib.get_close_matches(name, known, n=1)
+        if close:
+            remedy = f"did you mean `{close[0]}`? {remedy}"
+        return ConfigurationError(f"has no {kind} `{name}`", file=file, remedy=remedy)
 
 
 def _names(config: Config) -> tuple[str, ...]:
