@@ -10,6 +10,7 @@ import psycopg
 
 from sync_pipeline import capture, conflicts, ledger, parking, queries
 from sync_pipeline.applier import Applier, Refusal, Step
+from sync_pipeline.companions import Companions
 from sync_pipeline.config import Config
 from sync_pipeline.conflicts import Decision, Dirty
 from sync_pipeline.database import error_class, query, scalar
@@ -19,6 +20,10 @@ from sync_pipeline.records import Counts, Failure
 
 MAX_ROUNDS = 8
 FOREIGN_KEY_VIOLATION = "23503"
+
+
+class _ChildrenLeftError(Exception):
+    """Rows refer to records about to be deleted; on the source they may be gone as well, in a later batch."""
 
 
 @dataclass
@@ -47,11 +52,10 @@ class Batch:
         self._schema = self.config.schema_name
         self._connection = self.applier.connection
         self._stack = ExitStack()
-        self._pulled: list[Part] = []
         # Rows of the target that are parked in this savepoint, and whether to do so; see `parking`.
         self._parked: dict[str, set[int]] = {}
         self._exchanging = False
-        self._partners: set[int] = set()
+        self._gathered = False
         self._done: list[Step] = []
         self._error: psycopg.Error | None = None
         self._failures: list[Failure] = []
@@ -90,6 +94,9 @@ class Batch:
         )
         for part in self.parts:
             self.applier.stage(part)
+        self._companions = Companions(
+            self.applier, self.snapshot, self._schema, self._last_number, self._stack
+        )
         self._postpone()
         self._savepoint()
 
@@ -138,6 +145,12 @@ class Batch:
                     if error_class(error) != "data":
                         raise
                     self._error = error
+                except _ChildrenLeftError:
+                    self._rollback()
+                    self._gathered = True
+                    self._companions.bring_children()
+                    self._savepoint()
+                    continue
                 else:
                     return []
             self._rollback()
@@ -149,12 +162,15 @@ class Batch:
                 continue
             if sqlstate == parking.UNIQUE_VIOLATION and not self._exchanging:
                 self._exchanging = True
-                self._bring_partners()
+                self._companions.bring_partners()
                 self._savepoint()
                 continue
-            if sqlstate == FOREIGN_KEY_VIOLATION and self._bring_parents():
+            if sqlstate == FOREIGN_KEY_VIOLATION and self._companions.bring_parents():
                 self._savepoint()
                 continue
+            if not self._gathered:
+                self._gathered = True
+                self._companions.bring_children()
             self._savepoint()
             self.counts = {}
             refused = self.applier.isolate(self._steps(), self.counts, self._guard_parents)
@@ -215,57 +231,6 @@ class Batch:
         self._connection.execute("savepoint batch")
         self.applier.defer_constraints()
 
-    def _bring_parents(self) -> bool:
-        """Stage parents that staged rows refer to and the target lacks, from the same snapshot; true if any came."""
-        came = False
-        while brought := self._bring_one_level():
-            came = came or brought
-        return came
-
-    def _bring_one_level(self) -> bool:
-        applier = self.applier
-        for table in list(applier.staged):
-            statements = applier.statements(table)
-            for key in applier.catalog.relation(self.target, table).foreign_keys:
-                parent = applier.statements(key.parent)
-                values = self._connection.execute(
-                    statements.missing_parents(
-                        parent, key, parent_is_staged=key.parent in applier.staged
-                    )
-                ).fetchall()
-                if not values:
-                    continue
-                last = max(part.last_number for part in [*self.parts, *self._pulled])
-                part = self.snapshot.rows_of(key.parent, key.parent_fields, values, last + 1)
-                if part.count == 0:
-                    part.discard()
-                    continue
-                applier.stage(part)
-                self._pulled.append(part)
-                self._stack.callback(part.discard)
-                return True
-        return False
-
-    def _bring_partners(self) -> None:
-        """Stage the source's rows of clean records that have unique values which staged ones want, and so on."""
-        applier = self.applier
-        came = True
-        while came:
-            came = False
-            for table in list(applier.staged):
-                keys = parking.outsiders(applier, table, self._schema)
-                if not keys:
-                    continue
-                last = max(part.last_number for part in [*self.parts, *self._pulled])
-                fields = applier.catalog.relation(self.target, table).key
-                part = self.snapshot.rows_of(table, fields, keys, last + 1)
-                self._stack.callback(part.discard)
-                if part.count:
-                    applier.stage(part)
-                    self._pulled.append(part)
-                    self._partners.update(range(part.first_number, part.last_number + 1))
-                    came = True
-
     def _guard_parents(self, step: Step) -> None:
         """Before a parent is deleted: rows that still refer to it are the target's own work, so it stays."""
         if step.phase != "delete":
@@ -286,6 +251,8 @@ class Batch:
                     kept = self._connection.execute(
                         parent.still_referenced(child, key, child_is_staged=together)
                     ).fetchall()
+                    if kept and not self._gathered:
+                        raise _ChildrenLeftError
                     if kept:
                         self._keep_parents(table, kept, child_table)
 
@@ -338,7 +305,7 @@ class Batch:
             # The target deleted a parent that the source has given new children: it comes back.
             Decision(d.dirty, "parent_deleted", self.source)
             if d.dirty.number > self._last_number
-            and d.dirty.number not in self._partners
+            and d.dirty.number not in self._companions.partner_numbers
             and not d.equal
             else d
             for d in decisions

@@ -79,28 +79,25 @@ def holders(applier: Applier, table: str) -> list[Holder]:
     return found
 
 
-def outsiders(applier: Applier, table: str, schema: str) -> list[tuple[str, ...]]:
-    """Return the keys, as text, of clean rows in the way that the batch does not hold."""
+def outsiders(applier: Applier, table: str, schema: str) -> list[str]:
+    """Return the ids of clean rows in the way that the batch does not hold."""
     statements = applier.statements(table)
-    found: dict[tuple[str, ...], None] = {}
+    found: dict[str, None] = {}
     for index in _indexes(applier, table):
         statement = sql.SQL(
-            "select distinct {keys} from {blocked} where not exists (select from {stage} as s where {same_key}) "
+            "select distinct {record_id} from {blocked} where not exists (select from {stage} as s where {same_key}) "
             "and not exists (select from {events} where table_name = {table} and record_id = {record_id}) "
             "and not exists (select from {failures} where table_name = {table} and record_id = {record_id})"
         ).format(
-            keys=sql.SQL(", ").join(
-                sql.SQL("blocked.{}::text").format(k) for k in _keys(statements)
-            ),
+            record_id=_id(statements),
             blocked=_blocked(statements, index),
             stage=statements.stage,
             same_key=_same("blocked", statements),
             events=sql.Identifier(schema, "sync_events"),
             failures=sql.Identifier(schema, "sync_failures"),
             table=table,
-            record_id=_id(statements),
         )
-        found |= dict.fromkeys(applier.connection.execute(statement).fetchall())
+        found |= dict.fromkeys(rid for (rid,) in applier.connection.execute(statement))
     return list(found)
 
 

@@ -74,7 +74,7 @@ class TableStatements:
             for index, column in enumerate(self.relation.columns.values())
         )
         return sql.SQL(
-            "create temporary table {} (n bigint, present boolean, {}) on commit delete rows"
+            "create temporary table if not exists {} (n bigint, present boolean, {}) on commit delete rows"
         ).format(sql.Identifier(self.stage_name), columns)
 
     @property
@@ -227,6 +227,44 @@ class TableStatements:
             child=child.target,
             reference=reference,
             going=going,
+        )
+
+    def children_left(
+        self, child: "TableStatements", key: ForeignKey, schema: str, *, child_is_staged: bool
+    ) -> sql.Composed:
+        """Return the ids of clean rows of `child`, not staged, that refer to records about to be deleted."""
+        child_id = record_id(
+            child.relation,
+            {f: sql.SQL("c.{}").format(child.column(f)) for f in child.relation.key},
+        )
+        staged: sql.Composable = sql.SQL("")
+        if child_is_staged:
+            staged = sql.SQL(" and not exists (select from {} as g where {})").format(
+                child.stage,
+                sql.SQL(" and ").join(
+                    sql.SQL("c.{} = {}").format(child.column(field), child.staged(field, "g"))
+                    for field in child.relation.key
+                ),
+            )
+        return sql.SQL(
+            "select distinct {child_id} from {stage} as s join {target} as t on {same_key} "
+            "join {child} as c on {reference} where not s.present{staged} "
+            "and not exists (select from {events} where table_name = {table} and record_id = {child_id}) "
+            "and not exists (select from {failures} where table_name = {table} and record_id = {child_id})"
+        ).format(
+            child_id=child_id,
+            stage=self.stage,
+            target=self.target,
+            same_key=self.same_key(),
+            child=child.target,
+            reference=sql.SQL(" and ").join(
+                sql.SQL("c.{} = t.{}").format(child.column(mine), self.column(theirs))
+                for mine, theirs in zip(key.fields, key.parent_fields, strict=True)
+            ),
+            staged=staged,
+            events=sql.Identifier(schema, "sync_events"),
+            failures=sql.Identifier(schema, "sync_failures"),
+            table=child.relation.table,
         )
 
     def mark_children(self, child: "TableStatements", key: ForeignKey, schema: str) -> sql.Composed:

@@ -10,11 +10,6 @@ from tests.shapes import converge, failures, link, texts
 
 LEVELS = 8
 
-DELETED_APART = pytest.mark.xfail(
-    reason="a parent and a child of one cycle that are deleted in different batches come back",
-    strict=True,
-)
-
 
 @pytest.mark.core
 @pytest.mark.parametrize("batch_size", [1, 1000])
@@ -40,7 +35,7 @@ def test_many_levels_arrive_and_leave_in_batches_of_any_size(pair: Pair, batch_s
 
 @pytest.mark.core
 @pytest.mark.parametrize("deferrable", ["", "deferrable initially deferred"])
-@pytest.mark.parametrize("batch_size", [pytest.param(2, marks=DELETED_APART), 1000])
+@pytest.mark.parametrize("batch_size", [2, 1000])
 def test_deep_trees_arrive_and_leave_in_any_order(
     pair: Pair, batch_size: int, deferrable: str
 ) -> None:
@@ -78,7 +73,7 @@ alter table teams add constraint leads foreign key (leader) references people {0
 
 @pytest.mark.core
 @pytest.mark.parametrize("deferrable", ["", "deferrable initially immediate"])
-@pytest.mark.parametrize("batch_size", [pytest.param(2, marks=DELETED_APART), 1000])
+@pytest.mark.parametrize("batch_size", [2, 1000])
 def test_tables_that_refer_to_each_other_travel(
     pair: Pair, deferrable: str, batch_size: int
 ) -> None:

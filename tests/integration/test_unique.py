@@ -187,7 +187,10 @@ def test_a_swap_over_two_batches_brings_the_other_record_along(pair: Pair) -> No
 
 
 @pytest.mark.core
-def test_a_record_takes_the_value_of_one_that_is_deleted_or_gets_a_new_key(pair: Pair) -> None:
+@pytest.mark.parametrize("batch_size", [1, 1000])
+def test_a_record_takes_the_value_of_one_that_is_deleted_or_gets_a_new_key(
+    pair: Pair, batch_size: int
+) -> None:
     link(
         pair,
         """create table people (id int primary key, email text not null unique);

@@ -1,0 +1,114 @@
+"""Records that a batch turns out to need though their events are not in it: staged from the same snapshot.
+
+Parents that the target lacks; partners that hold a unique value which a record of the batch takes; children that are
+gone, too, of parents that are deleted. Each may need further ones.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from sync_pipeline import parking
+from sync_pipeline.applier import Applier
+from sync_pipeline.outbox import ALL, Part, Snapshot
+
+LAST_ID = 2**63 - 2
+
+
+@dataclass
+class Companions:
+    """Stages companions of a batch. Their numbers follow `last_number`, the greatest of the batch's own records."""
+
+    applier: Applier
+    snapshot: Snapshot
+    schema: str
+    last_number: int
+    stack: ExitStack
+    partner_numbers: set[int] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        self._next_number = self.last_number + 1
+
+    def bring_parents(self) -> bool:
+        """Stage parents that staged rows refer to and the target lacks; true if any came."""
+        came = False
+        while self._bring_level_of_parents():
+            came = True
+        return came
+
+    def bring_partners(self) -> bool:
+        """Stage clean records in the way of a unique value that are about to change as well; true if any came."""
+        came = False
+        while self._bring_level_of_partners():
+            came = True
+        return came
+
+    def bring_children(self) -> bool:
+        """Stage clean children of records to be deleted that have changed on the source as well; true if any came."""
+        came = False
+        while self._bring_level_of_children():
+            came = True
+        return came
+
+    def _bring_level_of_parents(self) -> bool:
+        applier = self.applier
+        for table in list(applier.staged):
+            statements = applier.statements(table)
+            for key in applier.catalog.relation(applier.node, table).foreign_keys:
+                values = applier.connection.execute(
+                    statements.missing_parents(
+                        applier.statements(key.parent),
+                        key,
+                        parent_is_staged=key.parent in applier.staged,
+                    )
+                ).fetchall()
+                if values and self._stage(
+                    self.snapshot.rows_of(key.parent, key.parent_fields, values, self._next_number)
+                ):
+                    return True
+        return False
+
+    def _bring_level_of_partners(self) -> bool:
+        first = self._next_number
+        came = False
+        for table in list(self.applier.staged):
+            ids = parking.outsiders(self.applier, table, self.schema)
+            came = self._stage_changed(table, ids) or came
+        self.partner_numbers.update(range(first, self._next_number))
+        return came
+
+    def _bring_level_of_children(self) -> bool:
+        applier = self.applier
+        came = False
+        for child in applier.catalog.tables:
+            for key in applier.catalog.relation(applier.node, child).foreign_keys:
+                if key.parent not in applier.staged:
+                    continue
+                rows = applier.connection.execute(
+                    applier.statements(key.parent).children_left(
+                        applier.statements(child),
+                        key,
+                        self.schema,
+                        child_is_staged=child in applier.staged,
+                    )
+                )
+                came = self._stage_changed(child, [record_id for (record_id,) in rows]) or came
+        return came
+
+    def _stage_changed(self, table: str, record_ids: list[str]) -> bool:
+        """Stage records, gone or not, that have an event or a failure on the source: others are no news."""
+        if not record_ids:
+            return False
+        changed = self.snapshot.changes(Part(table, ALL, last_id=LAST_ID), record_ids)
+        if not changed:
+            return False
+        part = Part(table, ALL, retried=tuple(changed))
+        self.snapshot.read_rows(part, self._next_number)
+        return self._stage(part)
+
+    def _stage(self, part: Part) -> bool:
+        self.stack.callback(part.discard)
+        if part.count == 0:
+            return False
+        self.applier.stage(part)
+        self._next_number = part.last_number + 1
+        return True
