@@ -47,7 +47,6 @@ class Applier:
         self._generation = generation
         self._statements: dict[tuple[str, bool], TableStatements] = {}
         self._created: set[str] = set()
-        self._prepared: set[str] = set()
         self._textual: set[str] = set()
         self.staged: dict[str, list[Part]] = {}
         # Inserts first are cheaper for new records; updates first free unique values that inserts may want.
@@ -66,16 +65,28 @@ class Applier:
         return found
 
     def prepare(self, tables: Iterable[str], *, textual: bool = False) -> None:
-        """Make the staging tables that a batch needs, before its transaction begins."""
+        """Make the staging tables that a batch can need, before its transaction: a rollback must not take them."""
         self.staged = {}
         self.expect_new = True
         self._numbers = {}
-        self._textual = set(tables) if textual else set()
-        for table in tables:
+        wanted = self._with_ancestors(tables)
+        self._textual = wanted if textual else set()
+        for table in wanted:
             statements = self.statements(table)
-            if statements.stage_name not in self._prepared:
+            if statements.stage_name not in self._created:
                 self.connection.execute(statements.create_stage)
-                self._prepared.add(statements.stage_name)
+                self._created.add(statements.stage_name)
+
+    def _with_ancestors(self, tables: Iterable[str]) -> set[str]:
+        found: set[str] = set()
+        waiting = list(tables)
+        while waiting:
+            table = waiting.pop()
+            if table not in found:
+                found.add(table)
+                keys = self.catalog.relation(self.node, table).foreign_keys
+                waiting += [key.parent for key in keys]
+        return found
 
     def defer_constraints(self) -> None:
         """Let deferrable constraints be checked at the batch's end instead of each statement's."""
@@ -98,8 +109,8 @@ class Applier:
         statements = self.statements(part.table)
         if part.rows is None:
             raise ValueError("the part was not read")
-        if statements.stage_name not in self._prepared:
-            # Not remembered: it goes when the transaction is rolled back.
+        if statements.stage_name not in self._created:
+            # A child that was brought along. Not remembered: a rollback takes the table.
             self.connection.execute(statements.create_stage)
         part.rows.seek(0)
         with self.connection.cursor().copy(statements.copy_in) as copy:
