@@ -19,7 +19,8 @@ CONNECT_TIMEOUT_SECONDS = 10
 IDLE_IN_TRANSACTION_SECONDS = 600
 
 # What the text of a value depends on is the same on both nodes, whatever their databases or roles say.
-# A client that vanishes is noticed by the server within a minute, so that its lock becomes free.
+# A client that vanishes is noticed by the server, so that its lock becomes free: within a second when its process was
+# killed in the middle of a statement, within a minute when its machine is gone.
 _SESSION = {
     "client_encoding": "UTF8",
     "datestyle": "ISO, YMD",
@@ -40,7 +41,7 @@ _SESSION = {
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "4",
     "tcp_user_timeout": "30000",
-    "client_connection_check_interval": "5000",
+    "client_connection_check_interval": "500",
     "idle_session_timeout": "0",
 }
 

@@ -108,7 +108,7 @@ def test_a_terminated_run_frees_the_locks_and_the_next_one_loses_nothing(
         eventually("a run is in mid-batch", lambda: waits_for_a_lock(link.billing))
         run = next(r for r in dagster.runs("sync_job") if r["status"] == "STARTED")
         dagster.terminate(run["id"])
-        eventually("the locks are free", lambda: nobody_leads(link), 5)
+        eventually("the locks are free", lambda: nobody_leads(link), 3)
         assert link.crm.pending() == 500
     assert dagster.ended(run["id"]) == "CANCELED"
     eventually("the next run has applied everything", lambda: is_synced(link))
@@ -124,7 +124,7 @@ def test_a_killed_run_frees_the_locks_and_the_next_one_loses_nothing(
         run = next(r for r in dagster.runs("sync_job") if r["status"] == "STARTED")
         for worker in dagster.workers():
             worker.kill()
-        eventually("the locks are free", lambda: nobody_leads(link), 5)
+        eventually("the locks are free", lambda: nobody_leads(link), 3)
     assert dagster.ended(run["id"]) == "FAILURE"
     eventually("the next run has applied everything", lambda: is_synced(link))
     assert equal(link)
