@@ -84,14 +84,20 @@ class TableStatements:
 
     @property
     def compared(self) -> list[str]:
-        """The fields in which two rows of one key can differ: a key of `1.0` and one of `1.00` are equal."""
+        """The fields in which two rows of one key can differ, and that can be written.
+
+        A key of `1.0` and one of `1.00` are equal; an identity that must be generated cannot be updated.
+        """
         columns = self.relation.columns
         return [
             field
             for field in self.relation.fields
-            if field not in self.relation.key
-            or columns[field].type_name not in SAME_WHEN_EQUAL
-            or not columns[field].collation_is_deterministic
+            if columns[field].identity != "a"
+            and (
+                field not in self.relation.key
+                or columns[field].type_name not in SAME_WHEN_EQUAL
+                or not columns[field].collation_is_deterministic
+            )
         ]
 
     @property
@@ -121,7 +127,7 @@ class TableStatements:
         Records that are mostly new are inserted, and updated where they exist and differ. Others are updated where
         they differ, then the missing ones inserted; that insert is skipped when the update met every record.
         """
-        payload = [f for f in self.compared if self.relation.columns[f].identity != "a"]
+        payload = self.compared
         if not payload or (mostly_new and not self.relation.key_is_deferrable):
             return self._insert(number, payload, sql.SQL("true"))
         updated = sql.SQL(f"updated_{number}")

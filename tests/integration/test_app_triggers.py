@@ -2,6 +2,8 @@
 
 import pytest
 
+from sync_pipeline import passes
+from sync_pipeline.link import lead
 from tests.engine import sync_pair, totals
 from tests.helpers import Pair
 from tests.shapes import converge, failures, link, marked, texts
@@ -126,6 +128,36 @@ def test_a_rewriting_trigger_that_stands_back_keeps_both_sides_equal(pair: Pair)
     pair.billing.execute("update t set word = 'b'")
     converge(pair, "t")
     assert texts(pair.crm, "t") == ["(1,b,2)"]
+
+
+AGAIN = """
+create table t (id int primary key, word text, version int not null default 0);
+create function again() returns trigger language plpgsql as $$
+begin
+    update t set version = version + 1 where id = new.id;
+    return null;
+end $$;
+create trigger again after update of word on t for each row {} execute function again();
+"""
+
+
+def test_a_trigger_that_updates_its_own_row_again_goes_back_and_forth(pair: Pair) -> None:
+    config = link(pair, AGAIN.format(""), "t")
+    pair.crm.execute("insert into t values (1, 'a')")
+    converge(pair, "t")
+    pair.crm.execute("update t set word = 'b'")
+    with lead(config) as held:
+        for _ in range(4):
+            assert any(report.did_something for report in passes.run(held))
+
+
+def test_such_a_trigger_comes_to_rest_when_it_stands_back(pair: Pair) -> None:
+    guard = "when (coalesce(current_setting('sync_pipeline.applying', true), '') = '')"
+    link(pair, AGAIN.format(guard), "t")
+    pair.crm.execute("insert into t values (1, 'a')")
+    pair.crm.execute("update t set word = 'b'")
+    converge(pair, "t")
+    assert texts(pair.billing, "t") == ["(1,b,1)"]
 
 
 def test_a_trigger_that_swallows_a_row_is_no_failure_and_no_loop(pair: Pair) -> None:

@@ -39,6 +39,21 @@ def test_identities_generated_columns_and_defaults_arrive_as_they_are(pair: Pair
     assert texts(pair.crm, "forced") == ["(1,8,16,A)", "(2,8,16,)"]
 
 
+def test_an_identity_that_differs_and_cannot_be_updated_is_not_written_again_and_again(
+    pair: Pair,
+) -> None:
+    ddl = "create table t (id int primary key, n int generated always as identity, word text)"
+    for node, number in zip(pair.nodes, (1, 2), strict=True):
+        node.execute(ddl)
+        node.execute(f"insert into t overriding system value values (1, {number}, 'a')")
+    link(pair, "", "t")
+    pair.crm.execute(
+        "insert into sync.sync_events (table_name, record_id, event_type) values ('t', '1', 'update')"
+    )
+    done = totals(pair).directions["crm->billing"]
+    assert (done.upserted, done.unchanged) == (0, 1)
+
+
 def test_an_identity_column_that_must_be_generated_keeps_each_sides_own_value_when_excluded(
     pair: Pair,
 ) -> None:
