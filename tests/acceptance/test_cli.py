@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from psycopg.conninfo import make_conninfo
 
 from sync_pipeline.cli import app, main
 from tests.engine import installed, sync_pair
@@ -153,6 +154,28 @@ def test_a_node_that_is_down_is_one_line_without_a_password(link: Pair) -> None:
 def test_a_link_that_is_not_installed_is_told_to_be(pair: Pair) -> None:
     for command in ("sync", "stream", "status", "pending", "failures", "conflicts", "pause"):
         assert "run `sync-pipeline install`" in refused(pair, command)
+
+
+def test_a_role_without_the_right_to_install_is_one_clear_line(pair: Pair) -> None:
+    pair.billing.execute("create role lowly login")
+    pair.billing.execute("grant select on accounts, users, orders to lowly")
+    try:
+        dsn = make_conninfo(pair.billing.dsn, user="lowly")
+        result = run(pair, "install", BILLING_DSN=dsn)
+    finally:
+        pair.billing.execute("drop owned by lowly")
+        pair.billing.execute("drop role lowly")
+    assert result.returncode == 1
+    assert "permission denied" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_lock_that_is_not_given_in_time_is_one_clear_line(link: Pair) -> None:
+    write_config(link.config_path, lock_timeout_seconds=0.05)
+    with link.crm.connect(autocommit=False) as application:
+        application.execute("lock table sync.sync_conflicts in access exclusive mode")
+        message = refused(link, "conflicts", "resolve", "1", "--winner", "crm")
+    assert message == "PostgreSQL: canceling statement due to lock timeout\n"
 
 
 def test_what_postgresql_refuses_is_one_clear_line(link: Pair) -> None:

@@ -6,7 +6,9 @@ import subprocess
 
 import pytest
 
-from tests.engine import equal, installed
+from sync_pipeline.cli.run import Log, LogFormat
+from sync_pipeline.errors import LockTaken
+from tests.engine import config_of, equal, installed
 from tests.helpers import Pair
 from tests.program import answer, line_with, refused, run, running, stop, succeed
 
@@ -90,7 +92,7 @@ def test_stream_says_each_pass_that_did_something_and_ends_cleanly_when_asked(li
         assert "stopped after" in worker.stdout.read()
 
 
-def test_a_second_stream_stands_by_says_so_once_and_takes_over(link: Pair) -> None:
+def test_a_second_stream_stands_by_and_takes_over(link: Pair) -> None:
     with running(link, "stream") as first, running(link, "stream") as second:
         workers = {"first": first, "second": second}
         # Either may have been quicker; the other says that it stands by.
@@ -103,6 +105,21 @@ def test_a_second_stream_stands_by_says_so_once_and_takes_over(link: Pair) -> No
         line_with(workers[standby], "upserted")
         assert stop(workers[standby]) == 0
     assert equal(link)
+
+
+def test_standing_by_is_said_once_until_it_leads_again(
+    link: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = Log(config_of(link), LogFormat.text, to_stderr=False)
+    for _ in range(2):
+        log.standing_by(LockTaken("another worker leads", node="crm"))
+        log.standing_by(LockTaken("another worker leads", node="crm"))
+        log.leading()
+    said = [line.split(" ", 2)[2] for line in capsys.readouterr().out.splitlines()]
+    assert said == [
+        *("standing by: crm: another worker leads", "leading crm and billing"),
+        *("standing by: crm: another worker leads", "leading crm and billing"),
+    ]
 
 
 def test_a_second_signal_ends_a_stream_at_once(link: Pair) -> None:

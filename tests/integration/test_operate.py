@@ -156,7 +156,7 @@ def test_rows_outside_of_the_condition_are_not_marked(pair: Pair) -> None:
     assert mark(config, "papers", "crm", Replay(everything=True)) == 2
     # An `or` in either condition does not reach into the other.
     forget(pair.crm)
-    assert mark(config, "papers", "crm", Replay(condition="id = 1 or id = 2")) == 1
+    assert mark(config, "papers", "crm", Replay(condition="id = 2 or id = 1")) == 1
     fill(config, "billing", chunk=1)
     assert marked(pair.billing) == [("4", "update")]
 
