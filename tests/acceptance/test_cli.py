@@ -1,8 +1,10 @@
 """What holds for every command: help, configuration, exit codes, JSON, and errors without a traceback."""
 
 import json
+import re
 import subprocess
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from tests.engine import installed, sync_pair
 from tests.helpers import Pair, write_config
 from tests.program import PROGRAM, answer, refused, run
 
+MANUAL = Path(__file__).parents[2] / "docs" / "commands.md"
 COMMANDS = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
@@ -50,6 +53,15 @@ def test_every_command_and_every_option_says_what_it_does(name: str) -> None:
 def test_the_example_at_the_end_of_the_help_is_a_command_that_parses(name: str) -> None:
     arguments = COMMANDS[name].epilog.removeprefix("Example: sync-pipeline ").split()
     COMMANDS[name].make_context(name, arguments[1:])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_every_option_is_in_the_manual(name: str) -> None:
+    text = MANUAL.read_text(encoding="utf-8")
+    assert re.search(rf"^### .*`{name}\b", text, re.MULTILINE), f"{name} has no section"
+    for parameter in COMMANDS[name].params:
+        for option in parameter.opts:
+            assert option[0] != "-" or option in text, f"{name}: {option} is not described"
 
 
 def test_help_ends_with_the_example() -> None:
