@@ -11,6 +11,7 @@ from benchmarks import (
     sustained,
     tables,
     trouble,
+    verify,
 )
 
 SCRIPTS = (
@@ -23,6 +24,7 @@ SCRIPTS = (
     latency,
     trouble,
     tables,
+    verify,
 )
 
 if __name__ == "__main__":

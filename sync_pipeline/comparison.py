@@ -2,15 +2,15 @@
 
 Every row falls into one of 4096 buckets by the hash of its record's id, so that there is no first and no last range.
 A bucket is its number of rows and two sums of 64-bit hashes of them: unlike XOR, a sum notices a row that is there
-twice, and what a bucket holds does not depend on the order in which it is read. The hash covers the id and all
-fields in one order, each in the text that COPY would send; a record's text quotes its fields, so that NULL is not ''
-and no two rows share a text.
+twice, and what a bucket holds does not depend on the order in which it is read. The hash covers all fields, the key's
+among them, in one order, each in the text that COPY would send; a record's text quotes its fields, so that NULL is
+not '' and no two rows share a text.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 from psycopg import sql
 
@@ -41,8 +41,7 @@ class Bucket:
         return mine == (other.compared, other.first_sum, other.second_sum)
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A record on one side: the hash of its row, None without one; and why it is not compared, if so."""
 
     record_id: str
@@ -72,10 +71,7 @@ class Side:
 select bucket, count(*), count(*) {compared}, (sum(first) {compared})::text, (sum(second) {compared})::text
 from (
     select {bucket} as bucket, inside, {first} as first, {second} as second
-    from {relation} as t
-    cross join lateral (
-        select {record_id} as record_id, {row_text} as row_text, {inside} as inside offset 0
-    ) as texts
+    from ({texts}) as texts
 ) as hashed
 group by bucket"""
         ).format(
@@ -83,14 +79,11 @@ group by bucket"""
             bucket=self._bucket(sql.SQL("record_id")),
             first=self._hash(sql.SQL("row_text"), _FIRST_SEED),
             second=self._hash(sql.SQL("row_text"), _SECOND_SEED),
-            relation=self._relation,
-            record_id=self._record_id,
-            row_text=self._row_text,
-            inside=self._inside,
+            texts=self._texts(sql.SQL("true")),
         )
         return {row[0]: Bucket(*row[1:]) for row in self.connection.execute(statement)}
 
-    def records(self, buckets: Sequence[int]) -> Iterator[Record]:
+    def records(self, buckets: Sequence[int]) -> Generator[Record, None, None]:
         """Stream the records of some buckets in the order of Python's strings, those that only wait here too."""
         in_buckets = sql.SQL("{} = any ({}::integer[])")
         statement = sql.SQL(
@@ -101,10 +94,7 @@ copy (
         present.digest,
         case when waiting.record_id is not null then 'pending' when not inside then 'outside' else '' end
     from (
-        select {record_id} collate "C" as record_id, {digest} as digest, inside
-        from {relation} as t
-        cross join lateral (select {row_text} as row_text, {inside} as inside offset 0) as texts
-        where {present_in_buckets}
+        select record_id collate "C" as record_id, {digest} as digest, inside from ({texts}) as texts
     ) as present
     full join (
         select record_id collate "C" as record_id from ({waiting}) as waiting where {waiting_in_buckets}
@@ -112,12 +102,8 @@ copy (
     order by {order}
 ) to stdout"""
         ).format(
-            record_id=self._record_id,
             digest=self._digest(sql.SQL("row_text")),
-            relation=self._relation,
-            row_text=self._row_text,
-            inside=self._inside,
-            present_in_buckets=in_buckets.format(self._bucket(self._record_id), list(buckets)),
+            texts=self._texts(in_buckets.format(self._bucket(self._record_id), list(buckets))),
             waiting=self._waiting,
             waiting_in_buckets=in_buckets.format(
                 self._bucket(sql.SQL("waiting.record_id")), list(buckets)
@@ -158,6 +144,19 @@ left join lateral (
         )
         return {row[0]: Record(*row) for row in self.connection.execute(statement)}
 
+    def _texts(self, condition: sql.Composable) -> sql.Composed:
+        """The rows that meet a condition as texts, each composed once: `offset 0` keeps it from being inlined."""
+        return sql.SQL(
+            "select {record_id} as record_id, {row_text} as row_text, {inside} as inside "
+            "from {relation} as t where {condition} offset 0"
+        ).format(
+            record_id=self._record_id,
+            row_text=self._row_text,
+            inside=self._inside,
+            relation=self._relation,
+            condition=condition,
+        )
+
     @property
     def _relation(self) -> sql.Identifier:
         return sql.Identifier(self.relation.schema, self.relation.name)
@@ -176,7 +175,7 @@ left join lateral (
             sql.SQL(common_form(column, self.other.columns[field])).format(self._column(field))
             for field, column in self.relation.columns.items()
         ]
-        return sql.SQL("row({})::text").format(sql.SQL(", ").join([self._record_id, *values]))
+        return sql.SQL("row({})::text").format(sql.SQL(", ").join(values))
 
     @property
     def _inside(self) -> sql.Composed:

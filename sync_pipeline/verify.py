@@ -9,9 +9,9 @@ import heapq
 import json
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
 from operator import itemgetter
@@ -208,13 +208,14 @@ def _compare(first: Side, second: Side) -> TableReport:
             for number in {**scans[0], **scans[1]}
             if not scans[0].get(number, EMPTY).equals(scans[1].get(number, EMPTY))
         ]
-        for one, two in _merge(first, second, buckets) if buckets else ():
-            if one.digest == two.digest or "outside" in {one.state, two.state}:
-                continue
-            if "pending" in {one.state, two.state}:
-                report.pending += 1
-            else:
-                suspects.add((one.record_id, one.digest, two.digest))
+        with closing(_merge(first, second, buckets)) as records:
+            for one, two in records if buckets else ():
+                if one.digest == two.digest or "outside" in {one.state, two.state}:
+                    continue
+                if "pending" in {one.state, two.state}:
+                    report.pending += 1
+                else:
+                    suspects.add((one.record_id, one.digest, two.digest))
     _look_again(first, second, suspects, report)
     return report
 
@@ -245,23 +246,25 @@ def _scans(first: Side, second: Side) -> tuple[dict[int, Bucket], dict[int, Buck
             raise
 
 
-def _merge(first: Side, second: Side, buckets: list[int]) -> Iterator[tuple[Record, Record]]:
+def _merge(
+    first: Side, second: Side, buckets: list[int]
+) -> Generator[tuple[Record, Record], None, None]:
     """Yield each record of some buckets as it is on both sides, in the order of ids; one row at a time in memory."""
-    with ThreadPoolExecutor(2, thread_name_prefix="verify") as pool:
-        # Both servers sort at the same time.
-        ones, twos = pool.map(_started, (first.records(buckets), second.records(buckets)))
-    in_order = heapq.merge(
-        ((record.record_id, 0, record) for record in ones),
-        ((record.record_id, 1, record) for record in twos),
-    )
-    for record_id, group in groupby(in_order, key=itemgetter(0)):
-        found = {side: record for _, side, record in group}
-        absent = Record(record_id, None, "")
-        yield found.get(0, absent), found.get(1, absent)
-
-
-def _started(records: Iterator[Record]) -> Iterator[Record]:
-    return chain(list(islice(records, 1)), records)
+    with (
+        closing(first.records(buckets)) as ones,
+        closing(second.records(buckets)) as twos,
+    ):
+        with ThreadPoolExecutor(2, thread_name_prefix="verify") as pool:
+            # Both servers sort at the same time.
+            starts = list(pool.map(lambda records: list(islice(records, 1)), (ones, twos)))
+        in_order = heapq.merge(
+            ((record.record_id, 0, record) for record in chain(starts[0], ones)),
+            ((record.record_id, 1, record) for record in chain(starts[1], twos)),
+        )
+        for record_id, group in groupby(in_order, key=itemgetter(0)):
+            found = {side: record for _, side, record in group}
+            absent = Record(record_id, None, "")
+            yield found.get(0, absent), found.get(1, absent)
 
 
 def _look_again(first: Side, second: Side, suspects: Spool, report: TableReport) -> None:

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, LiteralString
@@ -173,19 +173,22 @@ def _hashing(text: LiteralString) -> property:
 _merge = verify._merge
 
 
-def _without_a_bucket(first: Side, second: Side, buckets: list[int]) -> Any:
-    return _merge(first, second, buckets[1:])
+Merged = Generator[tuple[Record, Record], None, None]
 
 
-def _until_one_side_ends(first: Side, second: Side, buckets: list[int]) -> Any:
+def _without_a_bucket(first: Side, second: Side, buckets: list[int]) -> Merged:
+    yield from _merge(first, second, buckets[1:])
+
+
+def _until_one_side_ends(first: Side, second: Side, buckets: list[int]) -> Merged:
     rows = list(_merge(first, second, buckets))
     while rows and None in {rows[-1][0].digest, rows[-1][1].digest}:
         rows.pop()
-    return rows
+    yield from rows
 
 
-def _of_both_sides(first: Side, second: Side, buckets: list[int]) -> Any:
-    return [pair for pair in _merge(first, second, buckets) if pair[0].digest and pair[1].digest]
+def _of_both_sides(first: Side, second: Side, buckets: list[int]) -> Merged:
+    yield from (row for row in _merge(first, second, buckets) if row[0].digest and row[1].digest)
 
 
 MUTANTS: dict[str, tuple[object, str, object]] = {
@@ -401,7 +404,7 @@ def test_columns_of_different_types_are_compared_by_what_both_can_hold(pair: Pai
         pair,
         (
             "create table items (id int primary key, c char(5), n numeric(8, 2), d date, j json, i int, f float)",
-            "create table items (id int8 primary key, c text, n numeric(9, 4), d timestamp, j jsonb, i numeric, f real)",
+            "create table items (id int8 primary key, c text, n numeric(9,4), d timestamp, j jsonb, i numeric, f real)",
         ),
         "items",
     )
@@ -594,6 +597,30 @@ def test_progress_hears_of_every_table(pair: Pair) -> None:
         crm.execute("create temporary table writable (id int)")
 
     assert heard == [("accounts", 2), ("users", 0), ("orders", 0)]
+
+
+def test_a_comparison_that_is_interrupted_leaves_both_connections_free(
+    items: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silently(items.crm, "update items set name = repeat('long ', 1000)")
+    config = config_of(items)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with (
+        connected(config.first, config, "verify") as crm,
+        connected(config.second, config, "verify") as billing,
+    ):
+        for owner, name in ((verify.Spool, "add"), (Bucket, "equals"), (Side, "look")):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    verify.verify(config, {"crm": crm, "billing": billing})
+            for connection in (crm, billing):
+                idle = psycopg.pq.TransactionStatus.IDLE
+                assert connection.info.transaction_status == idle, name
+                assert connection.execute("select 1").fetchone() == (1,)
 
 
 def test_an_unknown_table_and_a_node_without_the_pipeline_are_refused(pair: Pair) -> None:
