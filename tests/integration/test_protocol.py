@@ -39,10 +39,10 @@ def family(node: Node, key: int = 1) -> None:
     node.insert("orders", id=key, user_id=key, amount=1)
 
 
-def failures(node: Node) -> list[tuple[str, str, str, str]]:
+def failures(node: Node) -> list[tuple[object, ...]]:
     return node.rows(
         "select table_name, record_id, error_class, state from sync.sync_failures order by 1, 2"
-    )  # type: ignore[return-value]
+    )
 
 
 # --- order and visibility ---
@@ -373,7 +373,7 @@ def test_a_lock_timeout_on_the_target_costs_no_attempt(pair: Pair) -> None:
 
 
 def test_a_second_consumer_is_told_who_leads(pair: Pair, link: Link) -> None:
-    with pytest.raises(LockTaken, match="another worker leads: backend [0-9]+ from"):
+    with pytest.raises(LockTaken, match=r"another worker leads: backend [0-9]+ from"):
         stream.sync(config_of(pair))
 
 
@@ -490,10 +490,10 @@ def test_a_role_that_owns_the_tables_is_enough_and_applications_need_no_rights(p
             node.execute(f"alter table {table} owner to sync_owner")
             node.execute(f"grant select, insert, update, delete, truncate on {table} to sync_app")
         node.execute(f"grant create on database {node.dsn.rsplit('/', 1)[1]} to sync_owner")
-    owner = Pair(
-        *(Node(n.name, n.dsn.replace("postgres@", "sync_owner@"), n.server) for n in pair.nodes),
-        config_path=pair.config_path,
+    crm, billing = (
+        Node(n.name, n.dsn.replace("postgres@", "sync_owner@"), n.server) for n in pair.nodes
     )
+    owner = Pair(crm, billing, pair.config_path)
     installed(owner)
     application = psycopg.connect(pair.crm.dsn.replace("postgres@", "sync_app@"), autocommit=True)
     with application:
