@@ -358,6 +358,15 @@ where table_name = %(table_name)s
     and (%(record_ids)s::text[] is null or record_id = any (%(record_ids)s::text[]))
     and next_attempt_at <= pg_catalog.clock_timestamp()
 
+-- name: revive_failures
+-- Make due what was set aside while its table was not synced.
+update {schema}.sync_failures
+set state = 'retrying',
+    next_attempt_at = pg_catalog.clock_timestamp()
+where state = 'dead'
+    and error_class = '42P01'
+    and table_name = any (%(tables)s::text[])
+
 -- name: read_due_failures
 -- The records of a table whose next attempt is due, without those whose events bring them along anyway.
 select failure.record_id

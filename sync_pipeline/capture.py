@@ -7,6 +7,7 @@ what the application's triggers do as a consequence is work of this node and is.
 """
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 
@@ -61,11 +62,11 @@ begin
                 else 'delete'
             end,
             consumer
-        from (select true as marker, {new_columns} from new_rows) as new_rows
-        full join (select true as marker, {old_columns} from old_rows) as old_rows
+        from (select true as marker, {new_row} as whole, {key_columns} from new_rows) as new_rows
+        full join (select true as marker, {old_row} as whole, {key_columns} from old_rows) as old_rows
             on {same_key}
         where new_rows.marker is null or old_rows.marker is null
-            or row({new_values})::record operator(pg_catalog.*<>) row({old_values})::record;
+            or new_rows.whole operator(pg_catalog.*<>) old_rows.whole;
     elsif tg_op = 'INSERT' then
         insert into {events} (table_name, record_id, event_type, caused_by)
         select {table}, {new_key}, 'insert', consumer
@@ -108,17 +109,21 @@ def compose(relation: Relation, schema: str) -> Capture:
     """Compose the capture of a relation. Writes straight to a partition are captured by triggers of its own."""
     name = function_name(relation.table)
     function = sql.Identifier(schema, name)
-    columns = list(relation.columns)
-    aliases = {field: sql.Identifier(f"c{index}") for index, field in enumerate(columns)}
+    aliases = {field: sql.Identifier(f"c{index}") for index, field in enumerate(relation.key)}
 
-    def named(fields: tuple[str, ...] | list[str]) -> sql.Composed:
-        return sql.SQL(", ").join(
-            sql.SQL("{} as {}").format(sql.Identifier(relation.columns[field].name), aliases[field])
-            for field in fields
+    key_columns = sql.SQL(", ").join(
+        sql.SQL("{} as {}").format(sql.Identifier(relation.columns[field].name), alias)
+        for field, alias in aliases.items()
+    )
+
+    def whole(rows: str) -> sql.Composed:
+        # By name only the key, and as text what does not count: a column may be dropped before `install` knows of it.
+        if not relation.uncarried:
+            return sql.SQL("row({}.*)::record").format(sql.Identifier(rows))
+        nothing = json.dumps(dict.fromkeys(relation.uncarried), ensure_ascii=False)
+        return sql.SQL("jsonb_populate_record({}.*, {}::jsonb)").format(
+            sql.Identifier(rows), nothing
         )
-
-    def values(rows: str) -> sql.Composed:
-        return sql.SQL(", ").join(sql.SQL(rows + ".{}").format(aliases[field]) for field in columns)
 
     def key_text(rows: str) -> sql.Composed:
         parts = {field: sql.SQL(rows + ".{}").format(aliases[field]) for field in relation.key}
@@ -142,12 +147,10 @@ def compose(relation: Relation, schema: str) -> Capture:
         relation=sql.Identifier(relation.schema, relation.name),
         new_key=key_text("new_rows"),
         old_key=key_text("old_rows"),
-        new_columns=named(columns),
-        old_columns=named(columns),
-        key_columns=named(relation.key),
+        new_row=whole("new_rows"),
+        old_row=whole("old_rows"),
+        key_columns=key_columns,
         same_key=sql.SQL(" and ").join(map(same, relation.key)),
-        new_values=values("new_rows"),
-        old_values=values("old_rows"),
     ).as_string(None)
     plain = all(relation.columns[field].type_name in _PLAIN_TYPES for field in relation.key)
     create_function = _FUNCTION.format(

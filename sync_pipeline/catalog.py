@@ -3,17 +3,19 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
-from typing import Any
+from typing import Any, TypeVar
 
 from psycopg.rows import dict_row
 
 from sync_pipeline import queries
-from sync_pipeline.config import Config, TableConfig
+from sync_pipeline.config import Config, FrozenMap, TableConfig
 from sync_pipeline.database import Connection, query
-from sync_pipeline.errors import CatalogMismatch
+from sync_pipeline.errors import CatalogMismatch, TableMissing
 from sync_pipeline.records import Column, ForeignKey, Relation
 
 _TABLE_KINDS = {"r", "p"}
+
+M = TypeVar("M", bound=CatalogMismatch)
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,8 @@ class Catalog:
     parents: frozenset[str]
     referenced: frozenset[str]
     warnings: tuple[str, ...] = ()
+    # Tables that cannot be synced now, and why.
+    left_out: Mapping[str, str] = FrozenMap()
 
     def relation(self, node: str, table: str) -> Relation:
         """Return a table as `node` has it."""
@@ -36,16 +40,27 @@ class Catalog:
         return tuple(table for component in self.order for table in component)
 
 
-def read(config: Config, connections: Mapping[str, Connection], *, strict: bool = False) -> Catalog:
+def read(
+    config: Config,
+    connections: Mapping[str, Connection],
+    *,
+    strict: bool = False,
+    running: bool = False,
+) -> Catalog:
     """Read both catalogs, one query each. Raises `CatalogMismatch` for the first table that cannot be synced.
 
-    Columns that only one side has are left out with a warning, so that a schema change on a running pair never
-    stops it; with `strict` (install, doctor) they are an error.
+    Columns that only one side has are left out with a warning; with `strict` (install, doctor) they are an error.
+    With `running` a missing table is left out as well: a schema change never stops a pair that runs.
     """
     catalog, problems = inspect(config, connections, strict=strict)
-    if problems:
-        raise problems[0]
-    return catalog
+    fatal = [each for each in problems if not (running and isinstance(each, TableMissing))]
+    if problems and (fatal or not catalog.tables):
+        raise (fatal or problems)[0]
+    return replace(
+        catalog,
+        warnings=(*catalog.warnings, *(f"{problem}: left out" for problem in problems)),
+        left_out={problem.table: problem.problem for problem in problems if problem.table},
+    )
 
 
 def inspect(
@@ -110,7 +125,7 @@ def _relations(
         if row["oid"] is None:
             schema, name = table.relation(node)
             shown = f"{schema}.{name}" if schema else name
-            raise place.problem(
+            raise place.missing(
                 f"table {shown} does not exist", "create it, or correct its name in sync.yaml"
             )
         if row["kind"] not in _TABLE_KINDS:
@@ -175,6 +190,7 @@ def _relations(
             where=table.where(node),
             row_security=row["row_security"],
             missing_fields=missing[node],
+            uncarried=_uncarried(table, node, row),
         )
         for node, row in found.items()
     }
@@ -209,6 +225,16 @@ def _columns(
             collation_is_deterministic=column["deterministic"],
         )
     return columns
+
+
+def _uncarried(table: TableConfig, node: str, row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the columns that are never carried, without those of a domain, which may not become null."""
+    excluded = {table.column(node, field) for field in table.exclude}
+    return tuple(
+        column["name"]
+        for column in row["columns"]
+        if (column["generated"] or column["name"] in excluded) and column["domain"] is None
+    )
 
 
 def _key(
@@ -317,8 +343,14 @@ class _Place:
     table: str
     node: str | None
 
+    def missing(self, text: str, remedy: str) -> TableMissing:
+        return self._of(TableMissing, text, remedy)
+
     def problem(self, text: str, remedy: str) -> CatalogMismatch:
-        return CatalogMismatch(
+        return self._of(CatalogMismatch, text, remedy)
+
+    def _of(self, kind: type[M], text: str, remedy: str) -> M:
+        return kind(
             text,
             node=self.node,
             table=self.table,

@@ -111,6 +111,10 @@ class CatalogMismatch(SyncPipelineError):
         return _line([self.file, where, self.node], self.problem, self.remedy)
 
 
+class TableMissing(CatalogMismatch):
+    """Create the table or take it out of `sync.yaml`; a running pair leaves it out meanwhile."""
+
+
 class ConnectionFailed(SyncPipelineError):
     """Wait and retry: a node cannot be reached or refuses us. Never contains a password."""
 

@@ -82,7 +82,8 @@ class Link:
 
     def read_catalog(self) -> None:
         """Read both catalogs again and forget what was composed from the old ones."""
-        self.catalog = catalog.read(self.config, self.writers)
+        self.catalog = catalog.read(self.config, self.writers, running=True)
+        self.revive()
         self.generation += 1
         self._appliers = {}
         for side in self.sides.values():
@@ -91,6 +92,14 @@ class Link:
             if waiting:
                 side.forget_floor()
             side.writer.execute("discard temp")
+
+    def revive(self) -> None:
+        """Retry what was set aside because its table was not synced, where it is now."""
+        for name, side in self.sides.items():
+            side.writer.execute(
+                query(named("revive_failures", self.config.schema_name)),
+                {"tables": [t for t in self.catalog.tables if self.config.table(t).sends(name)]},
+            )
 
     def prune_conflicts(self) -> None:
         """Delete settled conflicts that are older than the retention."""
@@ -130,8 +139,11 @@ def lead(config: Config) -> Iterator[Link]:
             reader = connect(node, config, "reader")
             stack.callback(_close, reader)
             sides[node.name] = Side(node, writer, reader)
-        found = catalog.read(config, {name: side.writer for name, side in sides.items()})
-        yield Link(config, sides, found, unrecovered=set(sides))
+        writers = {name: side.writer for name, side in sides.items()}
+        found = catalog.read(config, writers, running=True)
+        link = Link(config, sides, found, unrecovered=set(sides))
+        link.revive()
+        yield link
 
 
 def _close(connection: Connection) -> None:

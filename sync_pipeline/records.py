@@ -52,6 +52,8 @@ class Relation:
     where: str | None
     row_security: bool
     missing_fields: tuple[str, ...] = ()
+    # Columns that are never carried, whatever the other node has: excluded or generated ones.
+    uncarried: tuple[str, ...] = ()
 
     @property
     def fields(self) -> tuple[str, ...]:

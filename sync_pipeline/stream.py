@@ -71,6 +71,7 @@ def sync(config: Config, listener: Listener | None = None) -> Totals:
     while True:
         try:
             with passes.interruptions(), lead(config) as link:
+                listener.opened(link)
                 if link.is_paused():
                     totals.paused = True
                 else:

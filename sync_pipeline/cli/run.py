@@ -1,6 +1,7 @@
 """Run: `sync`, `stream`, `pause`, `resume`."""
 
 import json
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from sync_pipeline.cli.app import ConfigOption, JsonOption, example, open_nodes,
 from sync_pipeline.cli.signals import stopped_by_signals
 from sync_pipeline.config import Config
 from sync_pipeline.errors import LockTaken
+from sync_pipeline.link import Link
 from sync_pipeline.records import Counts, DirectionReport
 from sync_pipeline.stream import Listener, Totals
 
@@ -40,7 +42,7 @@ def register(app: typer.Typer) -> None:
 def sync(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Pass until nothing is pending that can be applied now; exit 3 when another worker leads."""
     link = configuration.load(config)
-    totals = loop.sync(link, Listener(interrupted=_interrupted))
+    totals = loop.sync(link, Listener(interrupted=_interrupted, opened=_opened))
     with open_nodes(link) as connections:
         pending = operate.pending_counts(link, connections)
     if as_json:
@@ -127,15 +129,28 @@ class Log:
         self._format = log_format
         self._print = show.complain if to_stderr else show.say
         self._standing_by = False
+        self._warned: set[str] = set()
 
     def listener(self) -> Listener:
         """Return what the loop tells."""
         return Listener(
             passed=self.passed,
+            opened=self.opened,
             leading=self.leading,
             standing_by=self.standing_by,
             interrupted=self.interrupted,
         )
+
+    def opened(self, link: Link) -> None:
+        """What the schemas of the nodes keep from being synced."""
+        self._warn(link.catalog.warnings)
+
+    def _warn(self, warnings: Iterable[str]) -> None:
+        """Say each warning once."""
+        for text in dict.fromkeys(warnings):
+            if text not in self._warned:
+                self._warned.add(text)
+                self._write("left_out", text, reason=text)
 
     def leading(self) -> None:
         """This worker has the locks of both nodes."""
@@ -153,6 +168,7 @@ class Log:
 
     def passed(self, reports: list[DirectionReport]) -> None:
         """A pass has ended; one that did nothing is not mentioned."""
+        self._warn(warning for report in reports for warning in report.warnings)
         worth = [report for report in reports if report.did_something or report.recovered]
         if worth:
             directions = {report.name: _report(report) for report in worth}
@@ -206,6 +222,11 @@ def _in_words(report: DirectionReport) -> str:
     if report.recovered:
         parts.append(f"{report.recovered:,} recovered")
     return f"{report.name}: {', '.join(parts) or 'nothing to apply'} (lag {show.duration(report.lag_seconds)})"
+
+
+def _opened(link: Link) -> None:
+    for warning in link.catalog.warnings:
+        show.complain(warning)
 
 
 def _interrupted(error: Exception, seconds: float) -> None:

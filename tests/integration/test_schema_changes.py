@@ -1,0 +1,222 @@
+"""Columns and tables come and go on a pair that runs: nothing stops, applications keep working, nothing is lost."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from sync_pipeline import passes
+from sync_pipeline.errors import CatalogMismatch, TableMissing
+from sync_pipeline.link import Link, lead
+from tests.engine import equal, installed, sync_pair
+from tests.helpers import TABLES, Node, Pair, write_config
+
+
+@pytest.fixture
+def link(pair: Pair) -> Iterator[Link]:
+    """A consumer that leads, with the schema as it was when it began."""
+    config = installed(pair)
+    pair.crm.insert("accounts", id=1, name="one", plan="small")
+    pair.crm.insert("users", id=1, account_id=1, email="a@x.org")
+    with lead(config) as link:
+        passes.run(link)
+        yield link
+
+
+def failures(node: Node) -> list[tuple[object, ...]]:
+    return node.rows("select table_name, record_id, state, error_class from sync.sync_failures")
+
+
+def test_a_column_added_on_one_side_first_is_left_out_and_then_picked_up(
+    pair: Pair, link: Link
+) -> None:
+    pair.crm.execute("alter table accounts add column city text")
+    pair.crm.execute("update accounts set city = 'Ulm', name = 'two' where id = 1")
+    passes.run(link)
+    link.read_catalog()
+    pair.billing.execute("update accounts set plan = 'large' where id = 1")
+    passes.run(link)
+    assert pair.crm.rows("accounts") == [(1, "two", "large", None, "Ulm")]
+    assert pair.billing.rows("accounts") == [(1, "two", "large", None)]
+    pair.billing.execute("alter table accounts add column city text")
+    installed(pair)
+    link.read_catalog()
+    pair.crm.execute("update accounts set city = 'Bonn' where id = 1")
+    passes.run(link)
+    assert equal(pair)
+
+
+def test_what_was_written_before_both_sides_had_the_column_is_sent_by_a_mark(pair: Pair) -> None:
+    installed(pair)
+    pair.crm.insert("accounts", id=1, name="one")
+    pair.crm.execute("alter table accounts add column city text")
+    pair.crm.execute("update accounts set city = 'Ulm'")
+    sync_pair(pair)
+    pair.billing.execute("alter table accounts add column city text")
+    installed(pair)
+    sync_pair(pair)
+    assert not equal(pair)
+    pair.crm.execute(
+        "insert into sync.sync_events (table_name, record_id) "
+        "select 'accounts', id::text from accounts where city is not null"
+    )
+    sync_pair(pair)
+    assert equal(pair)
+
+
+def test_an_application_writes_on_after_it_dropped_a_column(pair: Pair, link: Link) -> None:
+    pair.crm.execute("alter table accounts drop column plan")
+    pair.crm.execute("update accounts set name = 'two'")
+    pair.crm.insert("accounts", id=2, name="new")
+    pair.crm.execute("delete from accounts where id = 2")
+    assert pair.crm.pending() == 3
+
+
+def test_a_dropped_column_keeps_its_value_on_the_other_side_until_it_goes_there_too(
+    pair: Pair, link: Link
+) -> None:
+    pair.crm.execute("alter table accounts drop column plan")
+    pair.crm.execute("update accounts set name = 'two'")
+    with pytest.raises(CatalogMismatch):
+        passes.run(link)
+    link.read_catalog()
+    passes.run(link)
+    assert pair.billing.rows("accounts") == [(1, "two", "small", None)]
+    pair.billing.execute("alter table accounts drop column plan")
+    pair.billing.execute("update accounts set name = 'three'")
+    passes.run(link)
+    assert pair.crm.value("select name from accounts") == "three"
+    installed(pair)
+    pair.crm.execute("update accounts set name = 'four'")
+    passes.run(link)
+    assert equal(pair)
+
+
+def test_a_renamed_column_stops_neither_application_nor_consumer(pair: Pair, link: Link) -> None:
+    for node in pair.nodes:
+        node.execute("alter table accounts rename column plan to tariff")
+        node.execute(f"update accounts set name = '{node.name}'")
+    link.read_catalog()
+    while any(report.did_something for report in passes.run(link)):
+        pass
+    assert equal(pair)
+    installed(pair)
+    pair.billing.execute("update accounts set tariff = 'huge'")
+    passes.run(link)
+    assert equal(pair)
+
+
+@pytest.mark.parametrize("column", ["seen", "twice", "word"])
+def test_a_table_with_excluded_and_generated_columns_may_lose_any(pair: Pair, column: str) -> None:
+    for node in pair.nodes:
+        node.execute(
+            "create table t (id int primary key, word text, n int default 1, seen int, "
+            "twice int generated always as (n * 2) stored)"
+        )
+    write_config(pair.config_path, [{"name": "t", "exclude": ["seen"]}])
+    installed(pair)
+    pair.crm.execute("insert into t (id, word) values (1, 'a')")
+    sync_pair(pair)
+    pair.crm.execute("update t set seen = 5")
+    assert pair.crm.pending() == 0
+    pair.crm.execute(f"alter table t drop column {column}")
+    pair.crm.execute("update t set n = 7")
+    sync_pair(pair)
+    assert pair.billing.value("select n from t") == 7
+
+
+def test_a_table_dropped_on_one_side_is_left_out_and_the_others_go_on(
+    pair: Pair, link: Link
+) -> None:
+    pair.crm.execute("drop table orders")
+    pair.billing.execute("insert into orders values (1, 1, 10, null)")
+    pair.crm.execute("update accounts set name = 'two'")
+    with pytest.raises(CatalogMismatch):
+        passes.run(link)
+    link.read_catalog()
+    passes.run(link)
+    assert equal(pair, ("accounts", "users"))
+    assert any("orders" in warning for warning in link.catalog.warnings)
+    assert failures(pair.billing) == [("orders", "1", "dead", "42P01")]
+
+
+def test_a_table_that_comes_back_gets_what_was_set_aside(pair: Pair) -> None:
+    installed(pair)
+    pair.billing.insert("accounts", id=1, name="one")
+    pair.billing.insert("users", id=1, account_id=1, email="a@x.org")
+    pair.crm.execute("drop table orders")
+    pair.billing.execute("insert into orders values (1, 1, 10, null)")
+    sync_pair(pair)
+    assert failures(pair.billing) == [("orders", "1", "dead", "42P01")]
+    pair.crm.execute(
+        "create table orders (id bigint primary key, user_id int not null references users, "
+        "amount numeric(12, 2) not null, note text)"
+    )
+    installed(pair)
+    sync_pair(pair)
+    assert failures(pair.billing) == []
+    assert equal(pair)
+
+
+def test_install_and_marking_refuse_while_a_table_is_missing(pair: Pair) -> None:
+    installed(pair)
+    pair.crm.execute("drop table orders")
+    with pytest.raises(TableMissing, match="orders does not exist"):
+        installed(pair)
+
+
+def test_nothing_is_synced_when_every_table_is_missing(pair: Pair) -> None:
+    config = installed(pair)
+    pair.crm.execute("drop table orders, users, accounts")
+    with pytest.raises(TableMissing), lead(config):
+        pass
+
+
+def test_a_consumer_that_does_not_know_a_new_table_yet_loses_nothing_of_it(
+    pair: Pair, link: Link
+) -> None:
+    for node in pair.nodes:
+        node.execute("create table invoices (id int primary key, total int)")
+    write_config(pair.config_path, [*TABLES, "invoices"])
+    config = installed(pair)
+    pair.crm.execute("insert into invoices values (1, 100)")
+    pair.crm.execute("update accounts set name = 'two'")
+    passes.run(link)
+    assert pair.billing.value("select name from accounts") == "two"
+    assert failures(pair.crm) == [("invoices", "1", "dead", "42P01")]
+    for side in link.sides.values():
+        side.writer.close()
+    with lead(config) as successor:
+        passes.run(successor)
+    assert equal(pair, (*TABLES, "invoices"))
+    assert failures(pair.crm) == []
+
+
+def test_a_table_that_left_the_configuration_is_captured_no_more(pair: Pair) -> None:
+    installed(pair)
+    write_config(pair.config_path, ["accounts", "users"])
+    installed(pair)
+    pair.crm.insert("accounts", id=1, name="one")
+    pair.crm.insert("users", id=1, account_id=1, email="a@x.org")
+    pair.crm.execute("insert into orders values (1, 1, 10, null)")
+    sync_pair(pair)
+    assert equal(pair, ("accounts", "users"))
+    assert pair.billing.rows("orders") == []
+    pair.crm.execute("drop table orders")
+    sync_pair(pair)
+
+
+def test_a_column_that_is_required_on_one_side_delays_records_until_the_other_has_it(
+    pair: Pair,
+) -> None:
+    installed(pair)
+    pair.billing.execute("alter table accounts add column city text not null default 'Ulm'")
+    pair.billing.execute("alter table accounts alter column city drop default")
+    pair.crm.insert("accounts", id=1, name="one")
+    sync_pair(pair)
+    assert failures(pair.crm) == [("accounts", "1", "retrying", "23502")]
+    pair.crm.execute("alter table accounts add column city text not null default 'Ulm'")
+    installed(pair)
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    sync_pair(pair)
+    assert failures(pair.crm) == []
+    assert equal(pair)
