@@ -132,15 +132,15 @@ class Pass:
         """Return the backlog of synced tables; what nobody syncs from here is set aside where it can be seen."""
         known = {}
         sent = {table.name for table in self.link.config.tables if table.sends(self.source)}
-        sent -= set(self._catalog.left_out)
         self.report.warnings += self._catalog.warnings
         for name, waiting in backlog.items():
-            if name in sent:
+            if name in sent and name in self._catalog.left_out:
+                # The table is missing on a node, perhaps for a moment: its events wait, and cost no attempt.
+                self._consumed = False
+            elif name in sent:
                 known[name] = waiting
             else:
-                reason = self._catalog.left_out.get(
-                    name, f"no table {name!r} is synced from {self.source}"
-                )
+                reason = f"no table {name!r} is synced from {self.source}"
                 self.report.set_aside += outbox.set_aside_unknown(
                     self._side.writer, self._schema, name, reason
                 )

@@ -75,10 +75,11 @@ def sync(config: Config, listener: Listener | None = None) -> Totals:
                 if link.is_paused():
                     totals.paused = True
                 else:
-                    while reports := passes.run(link):
+                    while any(r.did_something for r in (reports := passes.run(link))):
                         totals.add(reports)
                         listener.passed(reports)
                         interruptions = 0
+                    totals.add(reports)
                     link.prune_conflicts()
                 break
         except (PassInterrupted, CatalogMismatch) as error:
