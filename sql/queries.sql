@@ -113,6 +113,39 @@ left join pg_catalog.pg_class as class
 left join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnamespace
 order by asked.position
 
+-- name: list_tables
+-- Every table of the applications: no system's, no extension's, no pipeline's, no partition; and what it refers to.
+select
+    namespace.nspname as schema_name,
+    class.relname as table_name,
+    pg_catalog.pg_table_is_visible(class.oid) as visible,
+    array(
+        select distinct parent_namespace.nspname || '.' || parent.relname
+        from pg_catalog.pg_constraint as reference
+        join pg_catalog.pg_class as parent on parent.oid = reference.confrelid
+        join pg_catalog.pg_namespace as parent_namespace on parent_namespace.oid = parent.relnamespace
+        where reference.conrelid = class.oid and reference.contype = 'f' and reference.conparentid = 0
+        order by 1
+    ) as parents
+from pg_catalog.pg_class as class
+join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnamespace
+where class.relkind in ('r', 'p')
+    and not class.relispartition
+    and class.relpersistence <> 't'
+    and namespace.nspname <> 'information_schema'
+    and namespace.nspname !~ '^pg_'
+    and not exists (
+        select from pg_catalog.pg_class as own
+        where own.relnamespace = class.relnamespace and own.relname = 'sync_migrations'
+    )
+    and not exists (
+        select from pg_catalog.pg_depend as member
+        where member.classid = 'pg_catalog.pg_class'::regclass
+            and member.objid = class.oid
+            and member.deptype = 'e'
+    )
+order by namespace.nspname, class.relname
+
 -- name: read_unique_indexes
 -- The unique indexes of a table that are checked at once: what they hold and which columns they are made of.
 select

@@ -33,7 +33,8 @@ def recover(source: Connection, target: Connection, schema: str, source_node: st
                 {"ids": ids, "read_at": read_at},
             )
             source.execute(
-                query(queries.get("acknowledge_recovered", schema)), {"ids": ids, "read_at": read_at}
+                query(queries.get("acknowledge_recovered", schema)),
+                {"ids": ids, "read_at": read_at},
             )
     forget(target, schema, [row[0] for row in rows])
     return len(rows)

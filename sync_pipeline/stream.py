@@ -34,13 +34,14 @@ class Totals:
     paused: bool = False
     directions: dict[str, Counts] = field(default_factory=dict)
 
-    def add(self, reports: list[DirectionReport]) -> None:
-        """Add one pass; one that found nothing to do does not count."""
+    def add(self, reports: list[DirectionReport]) -> bool:
+        """Add one pass, if it did something; return whether it did."""
         if not any(report.did_something or report.recovered for report in reports):
-            return
+            return False
         self.passes += 1
         for report in reports:
             self.directions.setdefault(report.name, Counts()).add(report.total)
+        return True
 
 
 def _ignore(*_: object) -> None:
@@ -75,11 +76,9 @@ def sync(config: Config, listener: Listener | None = None) -> Totals:
                 if link.is_paused():
                     totals.paused = True
                 else:
-                    while any(r.did_something for r in (reports := passes.run(link))):
-                        totals.add(reports)
+                    while totals.add(reports := passes.run(link)):
                         listener.passed(reports)
                         interruptions = 0
-                    totals.add(reports)
                     link.prune_conflicts()
                 break
         except (PassInterrupted, CatalogMismatch) as error:

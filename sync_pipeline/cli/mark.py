@@ -134,6 +134,7 @@ def backfill(
         for table, number in marked.items():
             show.say(f"{table}: {number:,}")
         show.say(f"{show.counted(total, 'record')} marked on {node}")
+        show.say("next: `sync-pipeline stream` sends them, or `sync-pipeline sync` once")
 
 
 class Position:

@@ -1,6 +1,7 @@
 """Set up: `install`, `uninstall`, `doctor`, `demo`."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from sync_pipeline.cli.app import (
 from sync_pipeline.config import Config
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.install import Step
+from sync_pipeline.records import Finding
 
 PANEL = "Set up"
 
@@ -58,6 +60,11 @@ def install(
             number = sum(step.node == node.name for step in steps)
             done = show.counted(number, "statement") + " run" if number else "nothing was missing"
             show.say(f"{node.name}: installed; {done}")
+        first = link.first.name
+        show.say(
+            f"next: `sync-pipeline backfill --from {first}` if the tables are not equal yet, "
+            "then `sync-pipeline stream`"
+        )
 
 
 def uninstall(
@@ -101,6 +108,7 @@ def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> None:
             remedy = f"; {finding.remedy}" if finding.remedy else ""
             show.say(show.printable(f"{finding.level}: {text}{remedy}"))
         show.say(_summary([finding.level for finding in findings]))
+        show.say(f"next: {_next(findings)}")
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(FAILED)
 
@@ -150,6 +158,14 @@ def _what_would_go(link: Config, connections: operate.Connections) -> str:
         if waiting:
             text += f", and with them {show.counted(waiting, 'pending event')}"
     return f"{text}; the tables keep every row. Nothing was done; repeat with --yes to do it"
+
+
+def _next(findings: Sequence[Finding]) -> str:
+    if any(finding.level == "error" for finding in findings):
+        return "do what the errors ask for, then `sync-pipeline doctor` again"
+    if any(finding.check == "schema" for finding in findings):
+        return "`sync-pipeline install`"
+    return "`sync-pipeline stream`"
 
 
 def _summary(levels: list[str]) -> str:
