@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test ui bench soak lint format
+.PHONY: help setup demo test test-versions ui bench lint format
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,10 +49,10 @@ format: setup ## rewrite what ruff can rewrite
 	$(BIN)/ruff format
 
 test: lint ## lint, then the whole test suite; PYTEST_ARGS adds arguments
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --all-pg-versions -m 'not soak' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not soak' $(PYTEST_ARGS)
+
+test-versions: setup ## the core suite on every supported PostgreSQL found on this machine
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --all-pg-versions -m 'core and not soak' $(PYTEST_ARGS)
 
 bench: setup ## measure throughput and latency
 	@$(BIN)/python -m benchmarks
-
-soak: setup ## random work, crashes and restarts for a while, then verify
-	@$(BIN)/python -m tests.soak

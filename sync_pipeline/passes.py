@@ -41,6 +41,8 @@ class Pass:
     _fits_one_batch: bool = field(default=True, init=False)
     _ended: bool = field(default=False, init=False)
     _consumed: bool = field(default=True, init=False)
+    # Parts whose rows are held, by identity: an interrupted pass leaves some that no batch has taken.
+    _held: dict[int, Part] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.report = DirectionReport(self.source, self.target)
@@ -63,6 +65,8 @@ class Pass:
         if kind is not None:
             # Threads that read or acknowledge must not keep an interrupted pass, and so its locks, alive.
             self.link.cancel(self.source)
+        for part in self._held.values():
+            part.discard()
         self._stack.__exit__(kind, error, traceback)
 
     def fetch_dependents(self) -> DirectionReport:
@@ -189,6 +193,7 @@ class Pass:
             if batch and number + part.size > self._size:
                 yield batch
                 batch, number = [], 0
+            self._held[id(part)] = part
             self._snapshot.read_rows(part, number)
             number = part.last_number + 1
             batch.append(part)
@@ -204,6 +209,7 @@ class Pass:
                     self._commit(application)
                 for part in batch:
                     part.discard()
+                    del self._held[id(part)]
 
     def _new_batch(self, parts: list[Part]) -> Batch:
         return Batch(

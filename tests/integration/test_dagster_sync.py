@@ -107,12 +107,12 @@ def test_a_failed_run_says_in_one_line_what_is_wrong_and_frees_the_locks(
     link: Pair, instance: dg.DagsterInstance
 ) -> None:
     add_family(link.crm)
-    link.billing.execute("alter table users rename to people")
+    link.billing.execute("alter table users drop constraint users_pkey cascade")
     result = run(link, instance)
     assert not result.success
     assert "users" in failure_of(result)
     assert "billing" in failure_of(result)
-    link.billing.execute("alter table people rename to users")
+    link.billing.execute("alter table users add primary key (id)")
     with links.lead(config_of(link)):
         pass
 

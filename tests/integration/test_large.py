@@ -6,20 +6,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.engine import equal, installed
 from tests.helpers import Pair
 
 ROOT = Path(__file__).parents[2]
+# The kernel's high-water mark of this program alone: `ru_maxrss` remembers the process that started it as well.
 CONSUMER = """
-import json, resource
+from pathlib import Path
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+import json
 from sync_pipeline import config, stream
 loaded = config.load()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 totals = stream.sync(loaded)
 print(json.dumps({
     "upserted": sum(counts.upserted for counts in totals.directions.values()),
-    "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    "growth_mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+    "peak_mb": peak() / 1024,
 }))
 """
 
@@ -39,6 +46,7 @@ def consume(pair: Pair) -> dict[str, float]:
     return result
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_a_backlog_of_200_000_records_drains_in_bounded_memory(pair: Pair) -> None:
     installed(pair)
     pair.crm.execute(

@@ -159,7 +159,6 @@ def test_a_backlog_of_many_batches_with_every_kind_of_change(pair: Pair, batch_s
     assert pair.crm.rows("select * from sync.sync_conflicts") == []
 
 
-@pytest.mark.xfail(reason="unique values are not parked yet", strict=True)
 def test_a_deleted_record_and_its_unique_value_used_again_at_once(
     pair: Pair, config: Config
 ) -> None:

@@ -1,0 +1,234 @@
+"""Applications whose every write can be traced: each appends a token of its own to the history of the row it writes.
+
+So a row tells which writes it was built on, and of each committed write it can be said at the end where it is: in a
+row, in a row that a later delete took away knowingly, or in a row that the conflict log kept. Nowhere means lost.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import count
+
+import psycopg
+
+from tests.helpers import Node, Pair, Row
+
+TRACED = """
+alter table accounts add column history text[] not null default '{}';
+alter table users add column history text[] not null default '{}';
+alter table orders add column history text[] not null default '{}';
+"""
+TABLES = ("accounts", "users", "orders")
+PARENTS = {"users": ("account_id", "accounts"), "orders": ("user_id", "users")}
+# What a row cannot do without; None: a text that no other row has.
+REQUIRED: dict[str, tuple[str, object]] = {
+    "accounts": ("name", None),
+    "users": ("email", None),
+    "orders": ("amount", 1),
+}
+PAYLOAD = {"accounts": "name", "users": "name", "orders": "note"}
+
+Record = tuple[str, int]
+
+# What an application can meet and answers by rolling back.
+_REFUSALS = (
+    psycopg.errors.LockNotAvailable,
+    psycopg.errors.ForeignKeyViolation,
+    psycopg.errors.UniqueViolation,
+    psycopg.errors.DeadlockDetected,
+)
+
+
+@dataclass
+class Effects:
+    """The tokens that a transaction wrote, and those that it took away with the records they were in."""
+
+    written: set[str] = field(default_factory=set)
+    removed: dict[Record, set[str]] = field(default_factory=dict)
+
+    def add(self, other: "Effects") -> None:
+        """Add what happened after."""
+        self.written |= other.written
+        for record, tokens in other.removed.items():
+            self.removed.setdefault(record, set()).update(tokens)
+
+
+class Client:
+    """One session of an application. Opens a transaction with the first write after `begin`, else commits each."""
+
+    _numbers = count(1)
+
+    def __init__(self, node: Node, done: Effects, lock_timeout_seconds: float) -> None:
+        self.node = node
+        self._done = done
+        self._connection = node.connect()
+        self._connection.execute(f"set lock_timeout = '{lock_timeout_seconds}s'".encode())
+        self._open: Effects | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether a transaction is open."""
+        return self._open is not None
+
+    def begin(self) -> None:
+        """Keep what follows in one transaction until `end`."""
+        if self._open is None:
+            self._connection.execute("begin")
+            self._open = Effects()
+
+    def end(self, *, commits: bool) -> None:
+        """Commit or roll back the open transaction, if there is one."""
+        if self._open is not None:
+            self._connection.execute("commit" if commits else "rollback")
+            if commits:
+                self._done.add(self._open)
+            self._open = None
+
+    def close(self) -> None:
+        """End the session; what is open rolls back."""
+        self._connection.close()
+
+    def insert(self, table: str, key: int, parent: int) -> None:
+        """Insert a record below a parent."""
+
+        def insert(effects: Effects) -> None:
+            token = self._token()
+            values: dict[str, object] = {"id": key, "history": [token]}
+            if table in PARENTS:
+                values[PARENTS[table][0]] = parent
+            column, value = REQUIRED[table]
+            values[column] = token if value is None else value
+            names, marks = ", ".join(values), ", ".join(["%s"] * len(values))
+            self._execute(f"insert into {table} ({names}) values ({marks})", *values.values())
+            effects.written.add(token)
+
+        self._run(insert)
+
+    def update(self, table: str, key: int) -> None:
+        """Write the payload of a record."""
+
+        def update(effects: Effects) -> None:
+            self._write(effects, table, key, PAYLOAD[table], "written")
+
+        self._run(update)
+
+    def move(self, table: str, key: int, parent: int) -> None:
+        """Give a record another parent."""
+
+        def move(effects: Effects) -> None:
+            self._write(effects, table, key, PARENTS[table][0], parent)
+
+        self._run(move)
+
+    def rename(self, table: str, key: int, new: int) -> None:
+        """Change the key of a record."""
+
+        def rename(effects: Effects) -> None:
+            rows = self._execute(
+                f"select history from {table} where id = %s for update", key
+            ).fetchall()
+            if not rows or key == new:
+                return
+            self._write(effects, table, key, "id", new)
+            if table == "users":
+                # A new address too, or the old one could belong to two records after a conflict.
+                self._execute("update users set email = %s where id = %s", self._token(), new)
+            effects.removed.setdefault((table, key), set()).update(rows[0][0])
+            effects.removed.pop((table, new), None)
+
+        self._run(rename)
+
+    def delete(self, table: str, key: int) -> None:
+        """Delete a record with everything below it."""
+
+        def delete(effects: Effects) -> None:
+            for record, history in self._below(table, [key]):
+                effects.removed.setdefault(record, set()).update(history)
+            self._execute(f"delete from {table} where id = %s", key)
+
+        self._run(delete)
+
+    def truncate_orders(self) -> None:
+        """Empty the table that nothing refers to."""
+
+        def truncate(effects: Effects) -> None:
+            self._execute("lock table orders")
+            for key, history in self._execute("select id, history from orders").fetchall():
+                effects.removed.setdefault(("orders", key), set()).update(history)
+            self._execute("truncate orders")
+
+        self._run(truncate)
+
+    def _run(self, work: Callable[[Effects], None]) -> None:
+        effects = Effects()
+        try:
+            if self._open is not None:
+                work(effects)
+                self._open.add(effects)
+            else:
+                with self._connection.transaction():
+                    work(effects)
+                self._done.add(effects)
+        except _REFUSALS:
+            self.end(commits=False)
+
+    def _below(self, table: str, keys: list[int]) -> Iterator[tuple[Record, list[str]]]:
+        rows = self._execute(
+            f"select id, history from {table} where id = any (%s)", keys
+        ).fetchall()
+        yield from (((table, key), history) for key, history in rows)
+        for child, (column, parent) in PARENTS.items():
+            if parent == table and rows:
+                found = self._execute(
+                    f"select id from {child} where {column} = any (%s)", [key for key, _ in rows]
+                ).fetchall()
+                yield from self._below(child, [key for (key,) in found])
+
+    def _write(self, effects: Effects, table: str, key: int, column: str, value: object) -> None:
+        token = self._token()
+        done = self._execute(
+            f"update {table} set {column} = %s, history = history || %s where id = %s",
+            value,
+            [token],
+            key,
+        )
+        if done.rowcount:
+            effects.written.add(token)
+
+    def _token(self) -> str:
+        return f"{self.node.name}-{next(self._numbers)}"
+
+    def _execute(self, statement: str, *args: object) -> psycopg.Cursor[Row]:
+        return self._connection.execute(statement.encode(), args or None)
+
+
+def assert_nothing_is_lost(pair: Pair, done: Effects) -> None:
+    """Every committed write is in a row, was deleted knowingly, or is in the conflict log; nothing came back unsaid."""
+    rows = {
+        (table, key): history
+        for table in TABLES
+        for key, history in pair.crm.rows(f"select id, history from {table}")
+    }
+    log = [
+        (row, node.name)
+        for node in pair.nodes
+        for row in node.rows(
+            "select table_name, record_id, winner, local_row, remote_row from sync.sync_conflicts"
+        )
+    ]
+    present = {token for history in rows.values() for token in history}
+    logged = {
+        token
+        for (*_, winner, local, remote), node in log
+        # The row that lost; what won is in a row, or was changed again since.
+        for token in ((remote if winner == node else local) or {"history": []})["history"]
+    }
+    removed = {token for tokens in done.removed.values() for token in tokens}
+    lost = done.written - present - logged - removed
+    assert not lost, f"lost writes: {sorted(lost)}"
+    invented = present - done.written
+    assert not invented, f"writes that nobody committed: {sorted(invented)}"
+    explained = {(table, int(key)) for (table, key, *_), _ in log}
+    for record, history in rows.items():
+        assert len(history) == len(set(history)), f"{record} has a write twice: {history}"
+        back = done.removed.get(record, set()).intersection(history)
+        assert not back or record in explained, f"{record} came back with {sorted(back)}"

@@ -1,0 +1,183 @@
+"""A consumer whose steps a test takes one by one, and that can die between any two of them.
+
+Death shuts the sockets without a word, as the end of its process would: the servers roll back what was open. What
+the engine's threads or `finally` blocks try afterwards meets dead connections.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Generator
+from contextlib import ExitStack, suppress
+
+import psycopg
+
+from sync_pipeline import passes
+from sync_pipeline.config import Config
+from sync_pipeline.errors import LockTaken, PassInterrupted
+from sync_pipeline.link import Link, lead
+from sync_pipeline.passes import Pass
+from tests.crashing import POINTS
+from tests.engine import config_of
+from tests.helpers import Node, Pair
+
+GONE_SECONDS = 20.0
+LEAD_ATTEMPTS = 200
+
+
+class Died(BaseException):
+    """The consumer is no more."""
+
+
+# Where a step of a pass can be cut off for good.
+DEATHS = (
+    "before the target's commit",
+    "after the target's commit",
+    "before the source's delete",
+    "after the source's delete",
+)
+
+
+class Consumer:
+    """One worker; leads again by itself after it died or was interrupted."""
+
+    def __init__(self, pair: Pair, config: Config | None = None) -> None:
+        self._pair = pair
+        self._config = config or config_of(pair)
+        self._life = ExitStack()
+        self._link: Link | None = None
+        self._backends: dict[str, list[int]] = {}
+        self._pass: Generator[str, None, None] | None = None
+
+    @property
+    def is_leading(self) -> bool:
+        return self._link is not None
+
+    @property
+    def link(self) -> Link:
+        """The open link; leads if need be."""
+        for _ in range(LEAD_ATTEMPTS):
+            if self._link is not None:
+                break
+            # The server may not have noticed yet that the consumer before this one died.
+            with suppress(LockTaken):
+                self._link = self._life.enter_context(lead(self._config))
+                self._backends = backends_of(self._link)
+                break
+            time.sleep(0.02)
+        if self._link is None:
+            raise AssertionError("the locks of a dead consumer never became free")
+        return self._link
+
+    def step(self, death: str | None = None) -> str:
+        """Take the next step of a pass; tell which it was: "crm fetched", "crm parents written", "crm done"…, "over".
+
+        A `PassInterrupted` ends the consumer's life, as it ends the `with` block of the engine's own loop. With a
+        point of DEATHS the consumer dies there, and `Died` is raised, if the step comes to it.
+        """
+        died = False
+
+        def die() -> None:
+            nonlocal died
+            died = True
+            shut_sockets(self.link)
+            raise Died
+
+        try:
+            if self._pass is None:
+                self._pass = _steps(self.link)
+            with ExitStack() as exits:
+                if death is not None:
+                    exits.enter_context(POINTS[death].struck_by(die))
+                taken = next(self._pass)
+        except BaseException as error:
+            if died:
+                # Another thread of the engine may have been the first to meet a dead connection.
+                self.die()
+                raise Died from error
+            self.close()
+            raise
+        if taken == "over":
+            self._pass = None
+        return taken
+
+    def finish(self, death: str | None = None) -> None:
+        """Take the steps that are left of this pass, or all of a new one."""
+        while self.step(death) != "over":
+            pass
+
+    def die(self) -> None:
+        """Shut every socket without a goodbye, and return when the servers have noticed.
+
+        The next step is that of a new worker.
+        """
+        if self._link is not None:
+            shut_sockets(self._link)
+        self.close()
+        for node in self._pair.nodes:
+            wait_until_gone(node, self._backends.get(node.name, []))
+        self._backends = {}
+
+    def interrupt(self) -> None:
+        """End the life as a stop in the middle of a pass does: cleanly, everything closed."""
+        if self._pass is not None:
+            steps, self._pass = self._pass, None
+            with suppress(psycopg.Error, PassInterrupted):
+                steps.close()
+        self.close()
+
+    def close(self) -> None:
+        """Stop leading."""
+        self._link = None
+        steps, self._pass = self._pass, None
+        # What the engine's own clean-up meets on dead connections is of no interest to a dead worker.
+        with suppress(psycopg.Error, PassInterrupted, Died):
+            if steps is not None:
+                steps.close()
+        with suppress(psycopg.Error, PassInterrupted, Died):
+            self._life.close()
+        self._life = ExitStack()
+
+
+def shut_sockets(link: Link) -> None:
+    """Shut the four connections of a link under it; safe while other threads use them."""
+    for side in link.sides.values():
+        for connection in (side.writer, side.reader):
+            if connection.closed:
+                continue
+            with socket.socket(fileno=os.dup(connection.fileno())) as twin, suppress(OSError):
+                twin.shutdown(socket.SHUT_RDWR)
+
+
+def backends_of(link: Link) -> dict[str, list[int]]:
+    """The process ids of a link's sessions on each node."""
+    return {
+        name: [side.writer.info.backend_pid, side.reader.info.backend_pid]
+        for name, side in link.sides.items()
+    }
+
+
+def wait_until_gone(node: Node, backends: list[int]) -> None:
+    """Return when none of these processes of a server lives."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while backends and node.value(
+        "select count(*) from pg_stat_activity where pid = any (%s)", backends
+    ):
+        assert time.monotonic() < deadline, "the server keeps the sessions of a dead consumer"
+        time.sleep(0.002)
+
+
+def _steps(link: Link) -> Generator[str, None, None]:
+    """One pass as `passes.run` makes it, step by step."""
+    for source, target in link.config.directions:
+        with passes.interruptions():
+            if source.name not in link.unrecovered and not passes._has_work(link, source.name):
+                continue
+            with Pass(link, source.name, target.name) as one:
+                one.fetch_dependents()
+                yield f"{source.name} fetched"
+                one.process_parents()
+                yield f"{source.name} parents written"
+                one.process_dependents()
+        yield f"{source.name} done"
+    yield "over"
