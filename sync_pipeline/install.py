@@ -281,8 +281,16 @@ def _schema_exists(connection: Connection, schema: str) -> bool:
 
 
 def _version(connection: Connection, schema: str) -> int | None:
-    table = sql.Identifier(schema, "sync_migrations").as_string(None)
-    if scalar(connection, b"select to_regclass(%(table)s)", {"table": table}) is None:
+    # Read from pg_class, not with to_regclass: after a wait for the other installation that would still answer from
+    # a cache which says that there is no such table.
+    exists = scalar(
+        connection,
+        b"select exists (select from pg_catalog.pg_class as class "
+        b"join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnamespace "
+        b"where namespace.nspname = %(schema)s and class.relname = 'sync_migrations')",
+        {"schema": schema},
+    )
+    if not exists:
         return None
     version = scalar(
         connection, queries.compose("select max(version) from {schema}.sync_migrations", schema)
