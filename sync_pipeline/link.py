@@ -135,6 +135,7 @@ def lead(config: Config) -> Iterator[Link]:
             locks.refuse_shared_sessions(writer, node)
             install.require(config, node.name, writer)
             locks.take(writer, config, node.name)
+            stack.callback(_release, writer, config)
             writer.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
             reader = connect(node, config, "reader")
             stack.callback(_close, reader)
@@ -144,6 +145,13 @@ def lead(config: Config) -> Iterator[Link]:
         link = Link(config, sides, found, unrecovered=set(sides))
         link.revive()
         yield link
+
+
+def _release(connection: Connection, config: Config) -> None:
+    """Give the lock back before closing, where nothing runs: a server notices a closed connection a moment later."""
+    with suppress(psycopg.Error):
+        if connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
+            locks.release(connection, config)
 
 
 def _close(connection: Connection) -> None:
