@@ -229,69 +229,13 @@ select
 from {schema}.sync_node
 
 -- name: read_moment
--- The node's clock, to bound which events a batch of the ledger may match, and which transactions had ended.
+-- The node's clock, to bound which events a batch of the ledger may match; is any failure due; what had ended by then.
 select
     pg_catalog.clock_timestamp() as read_at,
+    exists (select from {schema}.sync_failures where next_attempt_at <= pg_catalog.clock_timestamp())
+        as failures_are_due,
     pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint as oldest_running,
     pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text::bigint as next_to_start
-
--- name: read_small_backlog
--- What waits, by table name, with ids; complete when it adds up to less than the limit.
-with events as (
-    select *
-    from {schema}.waiting_events(%(floor)s, %(limit)s)
-),
-due as (
-    select table_name, count(*) as due_failures, min(first_failed_at) as oldest_at
-    from {schema}.sync_failures
-    where next_attempt_at <= pg_catalog.clock_timestamp()
-    group by table_name
-)
-select
-    table_name,
-    coalesce(events.events, 0) as events,
-    coalesce(events.inserts, 0) as inserts,
-    coalesce(events.deletes, 0) as deletes,
-    coalesce(events.first_id, 0) as first_id,
-    coalesce(events.last_id, 0) as last_id,
-    coalesce(events.oldest_at, due.oldest_at) as oldest_at,
-    coalesce(due.due_failures, 0) as due_failures,
-    events.ids::text as ids
-from events
-full join due using (table_name)
-
--- name: read_backlog
--- The same without ids, for a backlog of any size.
-with events as (
-    select
-        table_name,
-        count(*) as events,
-        count(*) filter (where event_type = 'insert') as inserts,
-        count(*) filter (where event_type = 'delete') as deletes,
-        min(id) as first_id,
-        max(id) as last_id,
-        min(created_at) as oldest_at
-    from {schema}.sync_events
-    where id > %(floor)s
-    group by table_name
-),
-due as (
-    select table_name, count(*) as due_failures, min(first_failed_at) as oldest_at
-    from {schema}.sync_failures
-    where next_attempt_at <= pg_catalog.clock_timestamp()
-    group by table_name
-)
-select
-    table_name,
-    coalesce(events.events, 0) as events,
-    coalesce(events.inserts, 0) as inserts,
-    coalesce(events.deletes, 0) as deletes,
-    coalesce(events.first_id, 0) as first_id,
-    coalesce(events.last_id, 0) as last_id,
-    coalesce(events.oldest_at, due.oldest_at) as oldest_at,
-    coalesce(due.due_failures, 0) as due_failures
-from events
-full join due using (table_name)
 
 -- name: read_poll
 -- What an idle consumer asks: does any event wait or is any failure due; and the oldest transaction that runs.
@@ -305,12 +249,17 @@ select
 -- The node's clock.
 select pg_catalog.clock_timestamp()
 
--- name: read_batch_bounds
--- The ids of the next events of a table, as ranges, with their greatest id and number.
-select ids::text, last_id, events, inserts
-from {schema}.next_events(
-    %(table_name)s, %(event_types)s::text[], %(after_id)s, %(last_id)s, %(batch_size)s
-)
+-- name: read_next_events
+-- The next events after an id, whatever their tables: how many of each table, how many of those inserts, from where to where.
+select table_name, events, inserts, first_id, last_id, oldest_at
+from {schema}.next_events(%(after_id)s, %(ignored)s::text[], %(at_most)s)
+
+-- name: read_event_ids
+-- The ids of events as ranges, where some between the first and the last are missing or not visible yet.
+select pg_catalog.range_agg(pg_catalog.int8range(id, id, '[]'))::text
+from {schema}.sync_events
+where id between %(first_id)s and %(last_id)s
+    and table_name <> all (%(ignored)s::text[])
 
 -- name: read_changes
 -- For some records of a batch: when they last changed here, whether they were inserted, and their events' ids.
@@ -324,7 +273,6 @@ from (
     from {schema}.sync_events
     where id between %(first_id)s and %(last_id)s
         and table_name = %(table_name)s
-        and event_type = any (%(event_types)s::text[])
         and record_id = any (%(record_ids)s::text[])
     union all
     select record_id, changed_at, event_type, null
@@ -401,11 +349,10 @@ where state = 'dead'
     and table_name = any (%(tables)s::text[])
 
 -- name: read_due_failures
--- The records of a table whose next attempt is due, without those whose events bring them along anyway.
-select failure.record_id
+-- The records whose next attempt is due, without those whose events bring them along anyway.
+select failure.table_name, failure.record_id
 from {schema}.sync_failures as failure
-where failure.table_name = %(table_name)s
-    and failure.next_attempt_at <= pg_catalog.clock_timestamp()
+where failure.next_attempt_at <= pg_catalog.clock_timestamp()
     and not exists (
         select
         from {schema}.sync_events as event
@@ -510,19 +457,28 @@ set attempts = failure.attempts + case when excluded.state = 'held' then 0 else 
         where moved.record_id = excluded.record_id)),
     last_failed_at = pg_catalog.clock_timestamp()
 
--- name: convert_to_delete
--- Events of records that no longer exist here, met while later batches may still hold rows that refer to them.
-update {schema}.sync_events as event
-set event_type = 'delete'
-from unnest(%(ids)s::int8multirange) as read_ids
-where event.id >= lower(read_ids)
-    and event.id < upper(read_ids)
+-- name: subtract_ids
+-- Ids without some of them, all as ranges.
+select (
+    %(ids)s::int8multirange - coalesce(
+        (
+            select pg_catalog.range_agg(id_range)
+            from unnest(%(left_out)s::text[]) as given (ids)
+            cross join unnest(given.ids::int8multirange) as id_range
+        ),
+        '{}'
+    )
+)::text
 
 -- name: record_batch
 -- Write a batch into the ledger of the target, in the transaction that applies it.
 insert into {schema}.sync_applied (source, ids, read_at)
 values (%(source)s, %(ids)s::int8multirange, %(read_at)s::timestamptz)
 returning id
+
+-- name: make_durable
+-- Write a small record whose commit waits for the disk, and so for all that was committed before it.
+select pg_catalog.pg_logical_emit_message(true, 'sync-pipeline', '')
 
 -- name: read_ledger
 -- Batches of a source that were committed here and perhaps not acknowledged there.

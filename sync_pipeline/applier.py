@@ -9,8 +9,8 @@ from psycopg import sql
 
 from sync_pipeline.catalog import Catalog
 from sync_pipeline.database import Connection, error_class
-from sync_pipeline.outbox import Part
 from sync_pipeline.records import Counts, Failure
+from sync_pipeline.snapshot import Part
 from sync_pipeline.statements import TableStatements
 
 ERROR_LENGTH = 500

@@ -15,8 +15,9 @@ from sync_pipeline.config import Config
 from sync_pipeline.conflicts import Decision, Dirty
 from sync_pipeline.database import error_class, query, scalar
 from sync_pipeline.errors import PassInterrupted
-from sync_pipeline.outbox import EMPTY, UPSERTS, Change, Outcome, Part, Snapshot
+from sync_pipeline.outbox import Outcome
 from sync_pipeline.records import Counts, Failure
+from sync_pipeline.snapshot import Change, Intake, Snapshot
 
 MAX_ROUNDS = 8
 FOREIGN_KEY_VIOLATION = "23503"
@@ -37,16 +38,14 @@ class Batch:
     applier: Applier
     config: Config
     snapshot: Snapshot
-    parts: list[Part]
+    intake: Intake
     source: str
     target: str
     forget: list[int]
     target_floor: int
     counts: dict[str, Counts] = field(default_factory=dict, init=False)
     outcomes: list[Outcome] = field(default_factory=list, init=False)
-    ids: str = field(default=EMPTY, init=False)
     ledger_id: int = field(default=0, init=False)
-    postponed: dict[str, list[str]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._schema = self.config.schema_name
@@ -62,7 +61,7 @@ class Batch:
         self._conflicts: dict[str, int] = {}
         self._lost: dict[str, int] = {}
         # Rows with greater numbers were brought along: they have no events in this batch.
-        self._last_number = max(part.last_number for part in self.parts)
+        self._last_number = self.intake.last_number
 
     def __enter__(self) -> Self:
         try:
@@ -85,19 +84,21 @@ class Batch:
         self._stack.__exit__(kind, error, traceback)
 
     def _open(self, *, textual: bool) -> None:
-        tables = dict.fromkeys(part.table for part in self.parts)
+        tables = dict.fromkeys(part.table for part in self.intake.parts)
         self.applier.prepare(tables, textual=textual)
         self._stack.enter_context(self._connection.transaction())
-        # Local to the transaction: a setting that outlived it could silence an application's changes.
+        # Local to the transaction: a setting that outlived it could silence an application's changes. The commit does
+        # not wait for the disk; the acknowledgement does.
         self._connection.execute(
-            "select pg_catalog.set_config(%s, %s, true)", [capture.APPLYING, self._schema]
+            "select pg_catalog.set_config(%s, %s, true), "
+            "pg_catalog.set_config('synchronous_commit', 'off', true)",
+            [capture.APPLYING, self._schema],
         )
-        for part in self.parts:
+        for part in self.intake.parts:
             self.applier.stage(part)
         self._companions = Companions(
             self.applier, self.snapshot, self._schema, self._last_number, self._stack
         )
-        self._postpone()
         self._savepoint()
 
     def upsert(self, tables: list[str]) -> None:
@@ -321,9 +322,8 @@ class Batch:
                     self._lost[table] = self._lost.get(table, 0) + 1
 
     def _changes(self, table: str, record_ids: list[str]) -> dict[str, Change]:
-        return conflicts.changes_by_record(
-            *(self.snapshot.changes(part, record_ids) for part in self.parts if part.table == table)
-        )
+        # The first part of a table holds its events, if any; failures are looked at for every part.
+        return self.snapshot.changes(self.intake.of([table])[0], record_ids)
 
     # --- the end of a batch ---
 
@@ -335,66 +335,45 @@ class Batch:
         for table in dict.fromkeys(refusal.table for refusal in refused):
             self.applier.unstage([r.number for r in refused if r.table == table], table)
 
-    def _postpone(self) -> None:
-        """Leave deletes of parents to the end of a pass of several batches: their children may still be there."""
-        self.postponed = {}
-        for part in self.parts:
-            if part.event_types != UPSERTS:
-                continue
-            rows = self._connection.execute(self.applier.statements(part.table).gone_ids).fetchall()
-            if rows:
-                self.applier.unstage([number for number, _ in rows], part.table)
-                self.postponed.setdefault(part.table, []).extend(rid for _, rid in rows)
-
     def _record(self) -> None:
         left_out: list[str] = []
-        for part in self.parts:
-            failures = [f for f in self._failures if f.table_name == part.table]
-            postponed = self.postponed.get(part.table, [])
-            apart = [f.record_id for f in failures] + postponed
-            changes = self.snapshot.changes(part, apart) if apart else {}
-            outcome = Outcome(
-                part,
-                failures=[f for f in failures if f.record_id in changes],
-                postponed=[
-                    ids
-                    for record_id in postponed
-                    if record_id in changes and (ids := changes[record_id].ids) is not None
-                ],
-                not_applied=postponed,
-            )
-            left_out += [change.ids for change in changes.values() if change.ids is not None]
-            self.outcomes.append(outcome)
-        self.ids = self._applied_ids(left_out)
+        for table in dict.fromkeys(part.table for part in self.intake.parts):
+            parts = self.intake.of([table])
+            retried = [record_id for part in parts for record_id in part.retried]
+            failures = {f.record_id: f for f in self._failures if f.table_name == table}
+            known = self._changes(table, list(failures)) if failures else {}
+            failed = [failure for record_id, failure in failures.items() if record_id in known]
+            self.outcomes.append(Outcome(table, retried, failed))
+            left_out += [change.ids for change in known.values() if change.ids is not None]
         ledger.forget(self._connection, self._schema, self.forget)
         self.ledger_id = ledger.record(
-            self._connection, self._schema, self.source, self.ids, self.snapshot.read_at
+            self._connection,
+            self._schema,
+            self.source,
+            self._applied_ids(left_out),
+            self.snapshot.read_at,
         )
         self._count()
 
     def _applied_ids(self, left_out: list[str]) -> str:
-        ids = [part.ids for part in self.parts if part.ids != EMPTY]
-        if len(ids) == 1 and not left_out:
-            return ids[0]
-        text = scalar(
-            self._connection,
-            b"select (coalesce((select pg_catalog.range_agg(r) from unnest(%(ids)s::text[]) as t (m), "
-            b"unnest(m::int8multirange) as r), '{}') - coalesce((select pg_catalog.range_agg(r) "
-            b"from unnest(%(left_out)s::text[]) as t (m), unnest(m::int8multirange) as r), '{}'))::text",
-            {"ids": ids, "left_out": left_out},
+        """Return the ids of the batch without those of records that failed: a recovery must leave these alone."""
+        if not left_out:
+            return self.intake.ids
+        statement = query(queries.get("subtract_ids", self._schema))
+        return str(
+            scalar(self._connection, statement, {"ids": self.intake.ids, "left_out": left_out})
         )
-        return str(text)
 
     def _count(self) -> None:
-        for part in self.parts:
+        for part in self.intake.parts:
             entry = self.counts.setdefault(part.table, Counts())
             entry.failed += sum(1 for f in self._failures if f.table_name == part.table)
         for table, number in self._conflicts.items():
             self.counts.setdefault(table, Counts()).conflicts += number
         staged: dict[str, int] = {}
-        for part in self.parts:
+        for part in self.intake.parts:
             staged[part.table] = staged.get(part.table, 0) + part.count
         for table, number in staged.items():
             entry = self.counts[table]
             written = entry.upserted + entry.deleted + entry.failed + self._lost.get(table, 0)
-            entry.unchanged = max(0, number - written - len(self.postponed.get(table, [])))
+            entry.unchanged = max(0, number - written)

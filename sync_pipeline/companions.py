@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 
 from sync_pipeline import parking
 from sync_pipeline.applier import Applier
-from sync_pipeline.outbox import ALL, Part, Snapshot
-
-LAST_ID = 2**63 - 2
+from sync_pipeline.snapshot import Part, Snapshot
 
 
 @dataclass
@@ -98,10 +96,10 @@ class Companions:
         """Stage records, gone or not, that have an event or a failure on the source: others are no news."""
         if not record_ids:
             return False
-        changed = self.snapshot.changes(Part(table, ALL, last_id=LAST_ID), record_ids)
+        changed = self.snapshot.changes(Part(table), record_ids)
         if not changed:
             return False
-        part = Part(table, ALL, retried=tuple(changed))
+        part = Part(table, retried=tuple(changed))
         self.snapshot.read_rows(part, self._next_number)
         return self._stage(part)
 

@@ -16,8 +16,8 @@ from sync_pipeline import queries
 from sync_pipeline.applier import Applier
 from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, query, scalar
-from sync_pipeline.outbox import Change
 from sync_pipeline.records import Failure
+from sync_pipeline.snapshot import Change
 from sync_pipeline.statements import TableStatements
 
 # Not the key: a composite value of nulls `is null`.
@@ -274,14 +274,3 @@ def prune(connection: Connection, schema: str, retention_days: int) -> int:
     return connection.execute(
         query(queries.get("prune_conflicts", schema)), {"days": retention_days}
     ).rowcount
-
-
-def changes_by_record(*sources: Mapping[str, Change]) -> dict[str, Change]:
-    """Merge what several parts of a batch know of their records."""
-    merged: dict[str, Change] = {}
-    for source in sources:
-        for record_id, change in source.items():
-            known = merged.get(record_id)
-            if known is None or known.changed_at < change.changed_at:
-                merged[record_id] = change
-    return merged

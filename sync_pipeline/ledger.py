@@ -44,3 +44,11 @@ def forget(target: Connection, schema: str, batch_ids: list[int]) -> None:
     """Remove batches that the source has acknowledged."""
     if batch_ids:
         target.execute(query(queries.get("forget_batches", schema)), {"batch_ids": batch_ids})
+
+
+def make_durable(target: Connection) -> None:
+    """Return when every commit of the target up to now is on its disk, and on its synchronous standbys.
+
+    Batches are committed without that wait; this waits on another connection, while the next batch is applied.
+    """
+    target.execute(query(queries.get("make_durable", "")))

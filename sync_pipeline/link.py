@@ -108,10 +108,11 @@ class Link:
                 side.writer, self.config.schema_name, self.config.conflict_retention_days
             )
 
-    def cancel(self, node: str) -> None:
-        """Cancel what runs on both connections of a node."""
-        for connection in (self.sides[node].reader, self.sides[node].writer):
-            _cancel(connection)
+    def cancel(self) -> None:
+        """Cancel what runs on the link's connections."""
+        for side in self.sides.values():
+            for connection in (side.reader, side.writer):
+                _cancel(connection)
 
     def is_paused(self) -> bool:
         """True when an operator paused consumption on either node."""

@@ -69,23 +69,9 @@ class Moment:
     """
 
     read_at: datetime
+    failures_are_due: bool
     oldest_running: int
     next_to_start: int
-
-
-@dataclass(frozen=True, slots=True)
-class TableBacklog:
-    """What waits for one table in the snapshot of a pass; `ids` only where the whole backlog is small."""
-
-    table_name: str
-    events: int
-    inserts: int
-    deletes: int
-    first_id: int
-    last_id: int
-    oldest_at: datetime
-    due_failures: int = 0
-    ids: str | None = None
 
 
 @dataclass(slots=True)

@@ -103,7 +103,7 @@ cross join (
     from {schema}.sync_conflicts
 ) as conflicts;
 
--- The statistics of a queue are always out of date. The settings of the next three functions keep the planner on the
+-- The statistics of a queue are always out of date. The settings of the next two functions keep the planner on the
 -- primary key, whatever it believes of the table's size, so that a poll never reads the dead rows below its floor.
 
 -- True when an event above a floor waits.
@@ -116,34 +116,10 @@ as $$
     select exists (select from {schema}.sync_events where id > above_id)
 $$;
 
--- What waits above a floor, by table, with the ids of all of it: of at most so many events, in no order.
-create function {schema}.waiting_events(above_id bigint, at_most integer)
+-- The next events after an id, at most so many and none of ignored tables: how many of each table, and which.
+create function {schema}.next_events(after_id bigint, ignored text[], at_most integer)
 returns table (
-    table_name text, events bigint, inserts bigint, deletes bigint, first_id bigint, last_id bigint, oldest_at timestamptz,
-    ids int8multirange
-)
-language sql stable
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set enable_bitmapscan = off
-as $$
-    select
-        table_name,
-        count(*),
-        count(*) filter (where event_type = 'insert'),
-        count(*) filter (where event_type = 'delete'),
-        min(id),
-        max(id),
-        min(created_at),
-        range_agg(int8range(id, id, '[]'))
-    from (select * from {schema}.sync_events where id > above_id limit at_most) as events
-    group by table_name
-$$;
-
--- The ids of the next events of a table, as ranges, with their greatest id and number.
-create function {schema}.next_events(
-    wanted_table text, event_types text[], after_id bigint, up_to_id bigint, batch_size integer,
-    out ids int8multirange, out last_id bigint, out events bigint, out inserts bigint
+    table_name text, events bigint, inserts bigint, first_id bigint, last_id bigint, oldest_at timestamptz
 )
 language sql stable
 set search_path = pg_catalog, pg_temp
@@ -151,14 +127,21 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_sort = off
 as $$
-    select range_agg(int8range(id, id, '[]')), max(id), count(*), count(*) filter (where event_type = 'insert')
+    select
+        table_name,
+        count(*),
+        count(*) filter (where event_type = 'insert'),
+        min(id),
+        max(id),
+        min(created_at)
     from (
-        select id, event_type
+        select id, table_name, event_type, created_at
         from {schema}.sync_events
-        where id > after_id and id <= up_to_id and table_name = wanted_table and event_type = any (event_types)
+        where id > after_id and table_name <> all (ignored)
         order by id
-        limit batch_size
+        limit at_most
     ) as next_events
+    group by table_name
 $$;
 
 -- True when a text is a value of a type. Used to set aside events whose key is no key.
@@ -175,5 +158,4 @@ end
 $$;
 revoke all on function {schema}.is_value(text, text) from public;
 revoke all on function {schema}.has_events(bigint) from public;
-revoke all on function {schema}.waiting_events(bigint, integer) from public;
-revoke all on function {schema}.next_events(text, text[], bigint, bigint, integer) from public;
+revoke all on function {schema}.next_events(bigint, text[], integer) from public;

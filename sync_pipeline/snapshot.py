@@ -1,0 +1,349 @@
+"""The source's side of a pass, read: one snapshot, the events that batches take from it, the rows of their records."""
+
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import IO, Any
+
+import psycopg
+from psycopg import generators, pq, sql
+from psycopg.abc import PQGen
+from psycopg.rows import class_row
+from psycopg.waiting import Wait
+
+from sync_pipeline import queries
+from sync_pipeline.database import Connection, error_class, query, scalar
+from sync_pipeline.records import Moment, Relation
+
+ROWS_IN_MEMORY_BYTES = 8 * 1024 * 1024
+CHUNK_BYTES = 65536
+EMPTY = "{}"
+LAST_ID = 2**63 - 2
+
+
+@dataclass(slots=True)
+class Part:
+    """What a batch holds of one table: which events or failures, and, once read, the rows as COPY text.
+
+    `first_number` and `last_number` are the numbers that the rows carry in their first column; they are unique
+    within the batch. `retried` lists records taken from the failures instead of events.
+    """
+
+    table: str
+    events: int = 0
+    inserts: int = 0
+    first_id: int = 0
+    last_id: int = LAST_ID
+    retried: tuple[str, ...] = ()
+    rows: IO[bytes] | None = None
+    first_number: int = 0
+    last_number: int = -1
+
+    @property
+    def size(self) -> int:
+        """How many records the part holds at most."""
+        return self.events + len(self.retried)
+
+    @property
+    def count(self) -> int:
+        """How many rows were read."""
+        return self.last_number - self.first_number + 1
+
+    def discard(self) -> None:
+        """Free the rows."""
+        if self.rows is not None:
+            self.rows.close()
+            self.rows = None
+
+
+@dataclass(slots=True)
+class Intake:
+    """What one batch takes in: the ids of its events, as ranges, and its parts, one or two per table."""
+
+    parts: list[Part] = field(default_factory=list)
+    ids: str = EMPTY
+    last_id: int = 0
+    oldest_at: datetime | None = None
+
+    @property
+    def size(self) -> int:
+        """How many records it holds at most."""
+        return sum(part.size for part in self.parts)
+
+    @property
+    def last_number(self) -> int:
+        """The greatest number of a row that was read so far, -1 when none was."""
+        return max((part.last_number for part in self.parts), default=-1)
+
+    def of(self, tables: Sequence[str]) -> list[Part]:
+        """Return the parts of some tables, in the order of these."""
+        return [part for table in tables for part in self.parts if part.table == table]
+
+    def discard(self) -> None:
+        """Free the rows."""
+        for part in self.parts:
+            part.discard()
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What the source knows of a record of a batch: when it last changed, whether it is new, its events' ids."""
+
+    record_id: str
+    changed_at: datetime
+    inserted: bool
+    ids: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _TableEvents:
+    table_name: str
+    events: int
+    inserts: int
+    first_id: int
+    last_id: int
+    oldest_at: datetime
+
+
+class ReadFailed(Exception):
+    """The rows of a batch could not be read because of a value: most likely an event whose key is no key."""
+
+    def __init__(self, table: str) -> None:
+        super().__init__(f"cannot read the records of {table}")
+        self.table = table
+
+
+class Snapshot:
+    """Everything that a pass reads from the source, as of one moment. Safe to use from two threads."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        schema: str,
+        relations: Mapping[str, Relation],
+        moment: Moment,
+    ) -> None:
+        self._connection = connection
+        self._schema = schema
+        self._relations = relations
+        self._lock = threading.Lock()
+        self.moment = moment
+        self.read_at = moment.read_at
+
+    def intake(self, after_id: int, size: int, ignored: Sequence[str]) -> Intake | None:
+        """Return the next events after an id, at most `size`, whatever their tables; None when there are no more.
+
+        In the order of their ids, but for tables that are `ignored`. Names that nobody configured are included.
+        """
+        parameters = {"after_id": after_id, "ignored": list(ignored), "at_most": size}
+        with self._lock:
+            with self._connection.cursor(row_factory=class_row(_TableEvents)) as cursor:
+                tables = cursor.execute(self._query("read_next_events"), parameters).fetchall()
+            if not tables:
+                return None
+            first, last = min(t.first_id for t in tables), max(t.last_id for t in tables)
+            if sum(t.events for t in tables) == last - first + 1:
+                ids = f"{{[{first},{last + 1})}}"
+            else:
+                bounds = {"first_id": first, "last_id": last, "ignored": list(ignored)}
+                ids = str(scalar(self._connection, self._query("read_event_ids"), bounds))
+        return Intake(
+            [Part(t.table_name, t.events, t.inserts, t.first_id, t.last_id) for t in tables],
+            ids,
+            last,
+            min(t.oldest_at for t in tables),
+        )
+
+    def retries(self, size: int) -> list[Intake]:
+        """Return the records whose next attempt is due and that have no events, at most `size` in one intake."""
+        if not self.moment.failures_are_due:
+            return []
+        with self._lock:
+            rows = self._connection.execute(self._query("read_due_failures")).fetchall()
+        intakes = []
+        for start in range(0, len(rows), size):
+            records: dict[str, list[str]] = {}
+            for table, record_id in rows[start : start + size]:
+                records.setdefault(table, []).append(record_id)
+            intakes.append(
+                Intake([Part(t, last_id=0, retried=tuple(r)) for t, r in records.items()])
+            )
+        return intakes
+
+    def read_rows(self, part: Part, first_number: int) -> None:
+        """Read the current rows of a part's records into `part.rows`, numbered from `first_number`, in key order."""
+        statement = self._rows_query(self._relations[part.table], part, first_number)
+        try:
+            self._fill(part, statement, first_number)
+        except psycopg.Error as error:
+            if error_class(error) == "data":
+                raise ReadFailed(part.table) from error
+            raise
+
+    def rows_of(
+        self,
+        table: str,
+        fields: Sequence[str],
+        values: Sequence[tuple[str, ...]],
+        first_number: int,
+    ) -> Part:
+        """Read the rows whose `fields` have one of these values (as text): records that a batch turns out to need."""
+        relation = self._relations[table]
+        columns = [relation.columns[name] for name in fields]
+        wanted = sql.SQL(", ").join(
+            sql.SQL("({})").format(
+                sql.SQL(", ").join(
+                    sql.SQL("{}::" + column.type_name).format(value)
+                    for column, value in zip(columns, row, strict=True)
+                )
+            )
+            for row in values
+        )
+        statement = sql.SQL(
+            "copy (select {first} + row_number() over () - 1, true, {columns} from {relation} as t "
+            "where ({names}) in ({wanted}) and ({condition})) to stdout"
+        ).format(
+            first=first_number,
+            columns=_columns(relation, "t"),
+            relation=sql.Identifier(relation.schema, relation.name),
+            names=sql.SQL(", ").join(
+                sql.SQL("t.{}").format(sql.Identifier(c.name)) for c in columns
+            ),
+            wanted=wanted,
+            condition=sql.SQL(relation.where or "true"),
+        )
+        part = Part(table)
+        self._fill(part, statement, first_number)
+        return part
+
+    def changes(self, part: Part, record_ids: list[str]) -> dict[str, Change]:
+        """Return what the source knows of some records of a part."""
+        with self._lock, self._connection.cursor(row_factory=class_row(Change)) as cursor:
+            rows = cursor.execute(
+                self._query("read_changes"),
+                {
+                    "table_name": part.table,
+                    "first_id": part.first_id,
+                    "last_id": part.last_id,
+                    "record_ids": record_ids,
+                },
+            )
+            return {row.record_id: row for row in rows}
+
+    def _query(self, name: str) -> Any:
+        return query(queries.get(name, self._schema))
+
+    def _fill(self, part: Part, statement: sql.Composed, first_number: int) -> None:
+        rows = tempfile.SpooledTemporaryFile(max_size=ROWS_IN_MEMORY_BYTES)  # noqa: SIM115 - the part owns it
+        number = first_number
+        try:
+            with self._lock:
+                for chunk, count in copy_out(self._connection, statement):
+                    rows.write(chunk)
+                    number += count
+        except BaseException:
+            rows.close()
+            raise
+        rows.seek(0)
+        part.rows, part.first_number, part.last_number = rows, first_number, number - 1
+
+    def _rows_query(self, relation: Relation, part: Part, first_number: int) -> sql.Composed:
+        key_columns = [relation.columns[name] for name in relation.key]
+        keys = [sql.Identifier(f"key {index}") for index in range(len(key_columns))]
+        if len(keys) == 1:
+            casts = [sql.SQL("record_id::" + key_columns[0].type_name)]
+        else:
+            casts = [
+                sql.SQL(f"(record_id::jsonb ->> {index})::{column.type_name}")
+                for index, column in enumerate(key_columns)
+            ]
+        if part.retried:
+            changed = sql.SQL("unnest({}::text[]) as record_id").format(list(part.retried))
+        else:
+            changed = sql.SQL("{} where id between {} and {} and table_name = {}").format(
+                sql.Identifier(self._schema, "sync_events"),
+                part.first_id,
+                part.last_id,
+                part.table,
+            )
+        return sql.SQL(
+            """copy (
+    select {first} + row_number() over (order by {keys}) - 1, t.tableoid is not null, {columns}
+    from (select distinct {casts} from {changed}) as changed
+    left join {relation} as t on {same_key}
+    where t.tableoid is null or ({condition})
+) to stdout"""
+        ).format(
+            first=first_number,
+            keys=sql.SQL(", ").join(sql.SQL("changed.{}").format(key) for key in keys),
+            columns=_columns(relation, "t", keys),
+            casts=sql.SQL(", ").join(
+                sql.SQL("{} as {}").format(cast, key) for cast, key in zip(casts, keys, strict=True)
+            ),
+            changed=changed,
+            relation=sql.Identifier(relation.schema, relation.name),
+            same_key=sql.SQL(" and ").join(
+                sql.SQL("t.{} = changed.{}").format(sql.Identifier(column.name), key)
+                for column, key in zip(key_columns, keys, strict=True)
+            ),
+            condition=sql.SQL(relation.where or "true"),
+        )
+
+
+@contextmanager
+def opened(
+    connection: Connection, schema: str, relations: Mapping[str, Relation]
+) -> Iterator[Snapshot]:
+    """Hold one REPEATABLE READ READ ONLY transaction on the source for a `with` block."""
+    connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+    connection.read_only = True
+    with connection.transaction():
+        with connection.cursor(row_factory=class_row(Moment)) as cursor:
+            moment = cursor.execute(query(queries.get("read_moment", schema))).fetchone()
+        if moment is None:
+            raise AssertionError("a query without a table returned no row")
+        yield Snapshot(connection, schema, relations, moment)
+
+
+def copy_out(connection: Connection, statement: sql.Composed) -> Iterator[tuple[bytes, int]]:
+    """Yield the rows of a COPY … TO STDOUT in chunks: (text of some rows, how many).
+
+    `Copy.read` of psycopg waits anew for each row, which costs more than the row does; this waits for a chunk.
+    """
+    with connection.cursor().copy(statement):
+        while rows := connection.wait(_chunk(connection.pgconn)):
+            yield b"".join(rows), len(rows)
+
+
+def _chunk(pgconn: pq.abc.PGconn) -> PQGen[list[bytes]]:
+    """Take rows of a COPY until they fill a chunk or there are no more; none when it has ended before."""
+    rows: list[bytes] = []
+    size = 0
+    while size < CHUNK_BYTES and pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+        length, row = pgconn.get_copy_data(1)
+        if length > 0:
+            rows.append(bytes(row))
+            size += length
+        elif length == 0:
+            while not (yield Wait.R):
+                pass
+            pgconn.consume_input()
+        else:
+            for result in (yield from generators.fetch_many(pgconn)):
+                if result.status != pq.ExecStatus.COMMAND_OK:
+                    raise psycopg.errors.error_from_result(result)
+    return rows
+
+
+def _columns(relation: Relation, alias: str, keys: Sequence[sql.Identifier] = ()) -> sql.Composed:
+    """Compose the columns of a row in field order; keys fall back to the event's when the row is gone."""
+    columns = []
+    for index, column in enumerate(relation.columns.values()):
+        value = sql.SQL(alias + ".{}").format(sql.Identifier(column.name))
+        if index < len(keys):
+            value = sql.SQL("coalesce({}, changed.{})").format(value, keys[index])
+        columns.append(value)
+    return sql.SQL(", ").join(columns)
