@@ -470,6 +470,30 @@ select (
     )
 )::text
 
+-- name: read_checks
+-- What a table demands of each of its rows, its checks and that columns are not null, and of which columns.
+select
+    pg_catalog.pg_get_expr(demanded.conbin, demanded.conrelid),
+    array(
+        select attribute.attname::text
+        from pg_catalog.pg_attribute as attribute
+        where attribute.attrelid = demanded.conrelid and attribute.attnum = any (demanded.conkey)
+    )
+from pg_catalog.pg_constraint as demanded
+where demanded.conrelid = %(oid)s and demanded.contype = 'c'
+union all
+select pg_catalog.format('%%I is not null', attribute.attname), array[attribute.attname::text]
+from pg_catalog.pg_attribute as attribute
+where attribute.attrelid = %(oid)s
+    and attribute.attnum > 0
+    and not attribute.attisdropped
+    and attribute.attnotnull
+
+-- name: try_each
+-- Execute a statement once for each record number; what came of each: rows written, or why the record was refused.
+select n, written, error_class, message, detail
+from {schema}.try_each(%(statement)s, %(numbers)s::bigint[], %(data_classes)s::text[])
+
 -- name: record_batch
 -- Write a batch into the ledger of the target, in the transaction that applies it.
 insert into {schema}.sync_applied (source, ids, read_at)

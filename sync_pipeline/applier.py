@@ -1,6 +1,6 @@
-"""The target's side of a pass: stage a batch, apply it set by set, and find the records that cannot be applied."""
+"""The target's side of a pass: stage a batch and apply it set by set."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,10 +8,10 @@ import psycopg
 from psycopg import sql
 
 from sync_pipeline.catalog import Catalog
-from sync_pipeline.database import Connection, error_class
+from sync_pipeline.database import Connection
 from sync_pipeline.records import Counts, Failure
 from sync_pipeline.snapshot import Part
-from sync_pipeline.statements import TableStatements
+from sync_pipeline.statements import Expected, TableStatements
 
 ERROR_LENGTH = 500
 Phase = Literal["upsert", "delete"]
@@ -49,7 +49,9 @@ class Applier:
         self._created: set[str] = set()
         self._textual: set[str] = set()
         self.staged: dict[str, list[Part]] = {}
-        # Inserts first are cheaper for new records; updates first free unique values that inserts may want.
+        # Which of the staged tables have records to write, and which have records to delete.
+        self._work: dict[Phase, set[str]] = {}
+        # Inserts alone or first are cheaper for new records; updates first free unique values that inserts may want.
         self.expect_new = True
         self._numbers: dict[str, tuple[int, int]] = {}
 
@@ -120,9 +122,26 @@ class Applier:
         first, last = self._numbers.get(part.table, (part.first_number, part.last_number))
         self._numbers[part.table] = (min(first, part.first_number), max(last, part.last_number))
 
+    def survey(self) -> None:
+        """Find out which staged tables have records to write, and which have records to delete."""
+        tables = list(self.staged)
+        found = sql.SQL(
+            "exists (select from {stage} where present), exists (select from {stage} where not present)"
+        )
+        row: Any = self.connection.execute(
+            sql.SQL("select {}").format(
+                sql.SQL(", ").join(found.format(stage=self.statements(t).stage) for t in tables)
+            ),
+            prepare=False,
+        ).fetchone()
+        self._work = {
+            "upsert": {table for table, present in zip(tables, row[::2], strict=True) if present},
+            "delete": {table for table, gone in zip(tables, row[1::2], strict=True) if gone},
+        }
+
     def steps(self, tables: Iterable[str], phase: Phase) -> list[Step]:
         """Order the work on some tables by foreign keys: upserts parents first, deletes children first."""
-        wanted = set(tables) & set(self.staged)
+        wanted = set(tables) & self._work[phase]
         components = [
             tuple(table for table in component if table in wanted)
             for component in self.catalog.order
@@ -139,7 +158,7 @@ class Applier:
         for number, table in enumerate(step.tables):
             statements = self.statements(table)
             if step.phase == "upsert":
-                expressions, count = statements.upsert(number, mostly_new=self._mostly_new(table))
+                expressions, count = statements.upsert(number, self._expected(table))
             else:
                 expressions, count = statements.delete(number)
             parts += expressions
@@ -159,82 +178,26 @@ class Applier:
             else:
                 entry.deleted += written
 
-    def _mostly_new(self, table: str) -> bool:
+    def _expected(self, table: str) -> Expected:
         if not self.expect_new:
-            return False
-        parts = self.staged[table]
-        return 2 * sum(part.inserts for part in parts) > sum(part.events for part in parts)
+            return "known"
+        events = sum(part.events for part in self.staged[table])
+        inserts = sum(part.inserts for part in self.staged[table])
+        if inserts == events > 0:
+            return "new"
+        return "mostly new" if 2 * inserts > events else "known"
 
     def numbers(self, tables: Iterable[str]) -> tuple[int, int]:
         """Return the least and greatest number of the staged records of some tables."""
         spans = [self._numbers[table] for table in tables if table in self._numbers]
         return min(first for first, _ in spans), max(last for _, last in spans)
 
-    def isolate(
-        self, steps: Sequence[Step], counts: dict[str, Counts], prepare_step: Callable[[Step], None]
-    ) -> list[Refusal]:
-        """Apply steps so that a record which the target refuses fails alone; return the refused records.
-
-        Halves the span of a failing statement until one record is left. Records that failed on a foreign key get
-        another turn together once the others are in: their parent may have been among those.
-        """
-        refused: list[Refusal] = []
-        for step in steps:
-            prepare_step(step)
-            failing = self._bisect(step, counts, self.numbers(step.tables))
-            while True:
-                waiting = [refusal for refusal in failing if refusal.error_class in _MAY_PASS_LATER]
-                if not waiting or (
-                    len(failing) == 1 and len(step.tables) == 1 and not self._refers_to_itself(step)
-                ):
-                    break
-                again = []
-                for refusal in waiting:
-                    again += self._bisect(step, counts, (refusal.number, refusal.number))
-                if len(again) == len(waiting):
-                    break
-                failing = [r for r in failing if r not in waiting] + again
-            refused += failing
-        return refused
-
-    def _refers_to_itself(self, step: Step) -> bool:
-        return any(
-            key.parent in step.tables
-            for table in step.tables
-            for key in self.catalog.relation(self.node, table).foreign_keys
-        )
-
-    def _bisect(
-        self, step: Step, counts: dict[str, Counts], span: tuple[int, int]
-    ) -> list[Refusal]:
-        first, last = span
-        if last < first:
-            return []
-        done: dict[str, Counts] = {}
-        try:
-            with self.connection.transaction():
-                self.defer_constraints()
-                self.run(step, done, span)
-                self.check_constraints()
-        except psycopg.Error as error:
-            if error_class(error) != "data":
-                raise
-            if first == last:
-                return self._refusal(step, first, error)
-            middle = (first + last) // 2
-            return [
-                *self._bisect(step, counts, (first, middle)),
-                *self._bisect(step, counts, (middle + 1, last)),
-            ]
-        for table, entry in done.items():
-            counts.setdefault(table, Counts()).add(entry)
-        return []
-
-    def _refusal(self, step: Step, number: int, error: psycopg.Error) -> list[Refusal]:
+    def table_of(self, step: Step, number: int) -> str | None:
+        """Return which table of a step the record of a number belongs to."""
         for table in step.tables:
-            if any(p.first_number <= number <= p.last_number for p in self.staged[table]):
-                return [Refusal(table, number, error.sqlstate or "", describe(error))]
-        return []
+            if any(p.first_number <= number <= p.last_number for p in self.staged.get(table, [])):
+                return table
+        return None
 
     def unstage(self, numbers: Iterable[int], table: str) -> None:
         """Take records out of the batch."""
@@ -262,12 +225,18 @@ class Applier:
 
 
 # Foreign keys and unique values: another record of the same statement may be what is missing or in the way.
-_MAY_PASS_LATER = {"23503", "23505", "23P01"}
+MAY_PASS_LATER = {"23503", "23505", "23P01"}
 
 
 def describe(error: psycopg.Error) -> str:
     """Return what PostgreSQL said, bounded: the message and, for constraints, the detail that names the key."""
-    message = (error.diag.message_primary or str(error)).strip()
-    if error.sqlstate in _MAY_PASS_LATER and error.diag.message_detail:
-        message = f"{message}: {error.diag.message_detail}"
-    return message if len(message) <= ERROR_LENGTH else message[: ERROR_LENGTH - 1] + "…"
+    message = error.diag.message_primary or str(error)
+    return bounded(error.sqlstate or "", message, error.diag.message_detail)
+
+
+def bounded(sqlstate: str, message: str, detail: str | None) -> str:
+    """Return a message of PostgreSQL as it is kept. A detail is added only where it names a key, not a whole row."""
+    text = message.strip()
+    if sqlstate in MAY_PASS_LATER and detail:
+        text = f"{text}: {detail}"
+    return text if len(text) <= ERROR_LENGTH else text[: ERROR_LENGTH - 1] + "…"

@@ -8,7 +8,7 @@ from typing import Self
 
 import psycopg
 
-from sync_pipeline import capture, conflicts, ledger, parking, queries
+from sync_pipeline import capture, conflicts, isolation, ledger, parking, queries
 from sync_pipeline.applier import Applier, Refusal, Step
 from sync_pipeline.companions import Companions
 from sync_pipeline.config import Config
@@ -174,7 +174,10 @@ class Batch:
                 self._companions.bring_children()
             self._savepoint()
             self.counts = {}
-            refused = self.applier.isolate(self._steps(), self.counts, self._guard_parents)
+            self.applier.expect_new = False
+            refused = isolation.isolate(
+                self.applier, self._schema, self._steps(), self.counts, self._guard_parents
+            )
             return self._exchange(refused)
         raise PassInterrupted("parents keep disappearing", node=self.target)
 
@@ -231,6 +234,7 @@ class Batch:
     def _savepoint(self) -> None:
         self._connection.execute("savepoint batch")
         self.applier.defer_constraints()
+        self.applier.survey()
 
     def _guard_parents(self, step: Step) -> None:
         """Before a parent is deleted: rows that still refer to it are the target's own work, so it stays."""
@@ -241,8 +245,7 @@ class Batch:
             if table not in applier.catalog.referenced:
                 continue
             parent = applier.statements(table)
-            if not scalar(self._connection, parent.lock_gone):
-                continue
+            self._connection.execute(parent.lock_gone)
             for child_table in applier.catalog.tables:
                 child = applier.statements(child_table)
                 for key in applier.catalog.relation(self.target, child_table).foreign_keys:

@@ -49,7 +49,8 @@ ErrorClass = Literal["transient", "catalog", "data"]
 
 # Connection lost, resources, operator intervention, serialization and deadlock, lock timeouts, read-only standby.
 _TRANSIENT_CLASSES = {"08", "25", "40", "53", "55", "57", "58", "72", "XX", "F0"}
-_DATA_CLASSES = {"21", "22", "23", "27", "2F", "38", "39", "44", "54", "P0"}
+# What a value or a record is to blame for.
+DATA_CLASSES = {"21", "22", "23", "27", "2F", "38", "39", "44", "54", "P0"}
 
 
 class _Cursor(psycopg.Cursor[Row]):
@@ -137,7 +138,7 @@ def error_class(error: psycopg.Error) -> ErrorClass:
     state = error.sqlstate
     if state is None or state[:2] in _TRANSIENT_CLASSES:
         return "transient"
-    return "data" if state[:2] in _DATA_CLASSES else "catalog"
+    return "data" if state[:2] in DATA_CLASSES else "catalog"
 
 
 def query(text: bytes) -> LiteralString:

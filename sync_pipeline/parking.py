@@ -105,9 +105,7 @@ def sit_out(applier: Applier, refused: Sequence[Refusal]) -> None:
     """Leave refused records out of what follows; they stay staged, so that they can still be named."""
     for table in dict.fromkeys(refusal.table for refusal in refused):
         applier.connection.execute(
-            sql.SQL("update {} set present = null where n = any (%(numbers)s::bigint[])").format(
-                applier.statements(table).stage
-            ),
+            applier.statements(table).sit_out,
             {"numbers": [refusal.number for refusal in refused if refusal.table == table]},
         )
 

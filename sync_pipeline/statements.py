@@ -4,24 +4,44 @@ A staging table is temporary, so that nothing of it is logged, and has `n` (the 
 `present` (false: the record is gone on the source) and one column per field, `c0`, `c1` …, key first.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, LiteralString
 
 from psycopg import sql
 
 from sync_pipeline.capture import SAME_WHEN_EQUAL, record_id
 from sync_pipeline.records import ForeignKey, Relation
 
-# The records of a statement that are there on the source.
-_CHOSEN = sql.SQL("s.present and s.n between %(first)s and %(last)s")
+# What the events say of the staged records: whether the target has them.
+Expected = Literal["new", "mostly new", "known"]
 
 
 @dataclass(frozen=True)
 class TableStatements:
-    """How one table of the target is written. `textual`: the staging table holds text, cast where it is used."""
+    """How one table of the target is written. `textual`: the staging table holds text, cast where it is used.
+
+    The numbers of the records that a statement takes are its parameters `first` and `last`.
+    """
 
     relation: Relation
     stage_name: str
     textual: bool = False
+    first: LiteralString = "%(first)s"
+    last: LiteralString = "%(last)s"
+
+    @property
+    def single(self) -> "TableStatements":
+        """The same for a staging table of few records, each written by a statement that PostgreSQL itself executes."""
+        return replace(self, stage_name=f"{self.stage_name}_single", first="$1", last="$2")
+
+    @property
+    def _numbered(self) -> sql.Composed:
+        return sql.SQL("s.n between {} and {}").format(sql.SQL(self.first), sql.SQL(self.last))
+
+    @property
+    def _chosen(self) -> sql.Composed:
+        """The records of a statement that are there on the source."""
+        return sql.SQL("s.present and {}").format(self._numbered)
 
     @property
     def stage(self) -> sql.Identifier:
@@ -121,15 +141,18 @@ class TableStatements:
         base = "" if column.domain is None else "::" + column.type_name
         return sql.SQL(alias + ".{}" + base).format(self.column(field))
 
-    def upsert(self, number: int, *, mostly_new: bool) -> tuple[list[sql.Composed], sql.Composed]:
+    def upsert(self, number: int, expected: Expected) -> tuple[list[sql.Composed], sql.Composed]:
         """Compose the parts of a WITH that write the present records, and the count of what they wrote.
 
-        Records that are mostly new are inserted, and updated where they exist and differ. Others are updated where
-        they differ, then the missing ones inserted; that insert is skipped when the update met every record.
+        New records are inserted, and refused together if one of them exists. Records that are mostly new are inserted,
+        and updated where they exist and differ. Others are updated where they differ, then the missing ones inserted;
+        that insert is skipped when the update met every record.
         """
         payload = self.compared
-        if not payload or (mostly_new and not self.relation.key_is_deferrable):
-            return self._insert(number, payload, sql.SQL("true"))
+        if expected == "new":
+            return self._insert(number, sql.SQL("true"), sql.SQL(""))
+        if not payload or (expected == "mostly new" and not self.relation.key_is_deferrable):
+            return self._insert(number, sql.SQL("true"), self._on_conflict(payload))
         updated = sql.SQL(f"updated_{number}")
         update = sql.SQL(
             "{name} as (update {target} as t set {assignments} from {stage} as s "
@@ -143,34 +166,41 @@ class TableStatements:
             ),
             stage=self.stage,
             same_key=self.same_key(),
-            chosen=_CHOSEN,
+            chosen=self._chosen,
             differs=self.differs,
         )
         missing = sql.SQL(
-            "(select count(*) from {updated}) < %(last)s - %(first)s + 1 "
+            "(select count(*) from {updated}) < {last} - {first} + 1 "
             "and not exists (select from {target} as t where {same_key})"
-        ).format(updated=updated, target=self.target, same_key=self.same_key())
-        insert, inserted = self._insert(number, payload, missing)
+        ).format(
+            updated=updated,
+            first=sql.SQL(self.first),
+            last=sql.SQL(self.last),
+            target=self.target,
+            same_key=self.same_key(),
+        )
+        insert, inserted = self._insert(number, missing, self._on_conflict(payload))
         count = sql.SQL("(select count(*) from {}) + {}").format(updated, inserted)
         return [update, *insert], count
 
+    def _on_conflict(self, payload: list[str]) -> sql.Composable:
+        if self.relation.key_is_deferrable:
+            return sql.SQL("")
+        key = sql.SQL(", ").join(self.column(field) for field in self.relation.key)
+        action: sql.Composable = sql.SQL("do nothing")
+        if payload:
+            action = sql.SQL("do update set {} where {}").format(
+                sql.SQL(", ").join(
+                    sql.SQL("{0} = excluded.{0}").format(self.column(field)) for field in payload
+                ),
+                self._differ("excluded"),
+            )
+        return sql.SQL("on conflict ({}) {}").format(key, action)
+
     def _insert(
-        self, number: int, payload: list[str], condition: sql.Composable
+        self, number: int, condition: sql.Composable, conflict: sql.Composable
     ) -> tuple[list[sql.Composed], sql.Composed]:
         name = sql.SQL(f"inserted_{number}")
-        conflict: sql.Composable = sql.SQL("")
-        if not self.relation.key_is_deferrable:
-            key = sql.SQL(", ").join(self.column(field) for field in self.relation.key)
-            action: sql.Composable = sql.SQL("do nothing")
-            if payload:
-                action = sql.SQL("do update set {} where {}").format(
-                    sql.SQL(", ").join(
-                        sql.SQL("{0} = excluded.{0}").format(self.column(field))
-                        for field in payload
-                    ),
-                    self._differ("excluded"),
-                )
-            conflict = sql.SQL("on conflict ({}) {}").format(key, action)
         part = sql.SQL(
             "{name} as (insert into {target} as t ({columns}) overriding system value "
             "select {values} from {stage} as s where {chosen} and {condition} order by s.n {conflict} returning 1)"
@@ -180,7 +210,7 @@ class TableStatements:
             columns=sql.SQL(", ").join(self.column(field) for field in self.relation.fields),
             values=sql.SQL(", ").join(self.staged(field) for field in self.relation.fields),
             stage=self.stage,
-            chosen=_CHOSEN,
+            chosen=self._chosen,
             condition=condition,
             conflict=conflict,
         )
@@ -191,8 +221,8 @@ class TableStatements:
         name = sql.SQL(f"deleted_{number}")
         part = sql.SQL(
             "{} as (delete from {} as t using {} as s where {} "
-            "and not s.present and s.n between %(first)s and %(last)s returning 1)"
-        ).format(name, self.target, self.stage, self.same_key())
+            "and not s.present and {} returning 1)"
+        ).format(name, self.target, self.stage, self.same_key(), self._numbered)
         return [part], sql.SQL("(select count(*) from {})").format(name)
 
     @property
@@ -326,11 +356,62 @@ class TableStatements:
             staged=staged,
         )
 
+    def orphans(self, parent: "TableStatements", key: ForeignKey) -> sql.Composed:
+        """Return the numbers of staged records whose parent the target does not have."""
+        mine = [self.staged(field) for field in key.fields]
+        return sql.SQL(
+            "select s.n from {stage} as s where s.present and {given} "
+            "and not exists (select from {parent} as p where {reference})"
+        ).format(
+            stage=self.stage,
+            given=sql.SQL(" and ").join(sql.SQL("{} is not null").format(value) for value in mine),
+            parent=parent.target,
+            reference=sql.SQL(" and ").join(
+                sql.SQL("p.{} = {}").format(parent.column(theirs), value)
+                for theirs, value in zip(key.parent_fields, mine, strict=True)
+            ),
+        )
+
+    def against(self, checks: list[str]) -> sql.Composed:
+        """Return the numbers of staged records for which one of the table's own checks is false.
+
+        A check names plain columns, so it stands where only the columns of the record are in sight.
+        """
+        columns = sql.SQL(", ").join(
+            sql.SQL("{} as {}").format(self.staged(field), self.column(field))
+            for field in self.relation.fields
+        )
+        return sql.SQL(
+            'select "staged n" from (select s.n as "staged n", {} from {} as s where s.present) as staged where {}'
+        ).format(
+            columns,
+            self.stage,
+            sql.SQL(" or ").join(sql.SQL(f"({check}) is false") for check in checks),
+        )
+
+    def fill_from(self, other: "TableStatements") -> sql.Composed:
+        """Copy some records of another staging table into this one."""
+        return sql.SQL(
+            "insert into {} select * from {} where n = any (%(numbers)s::bigint[])"
+        ).format(self.stage, other.stage)
+
     @property
-    def gone_ids(self) -> sql.Composed:
-        """Return number and id of the staged records that are gone on the source."""
-        return sql.SQL("select s.n, {} from {} as s where not s.present order by s.n").format(
-            self.record_id(), self.stage
+    def empty(self) -> sql.Composed:
+        """Empty the staging table."""
+        return sql.SQL("delete from {}").format(self.stage)
+
+    @property
+    def sit_out(self) -> sql.Composed:
+        """Leave some records out of what follows; they stay staged, so that they can still be named."""
+        return sql.SQL("update {} set present = null where n = any (%(numbers)s::bigint[])").format(
+            self.stage
+        )
+
+    @property
+    def sit_in(self) -> sql.Composed:
+        """Take in again records that are there on the source."""
+        return sql.SQL("update {} set present = true where n = any (%(numbers)s::bigint[])").format(
+            self.stage
         )
 
     @property

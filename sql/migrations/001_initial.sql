@@ -156,6 +156,33 @@ exception when others then
     return false;
 end
 $$;
+-- Executes a statement once for each number, its parameters $1 and $2. A number whose statement fails for a reason in
+-- the data is reported with the error and leaves nothing behind; any other error ends it all.
+create function {schema}.try_each(statement text, numbers bigint[], data_classes text[])
+returns table (n bigint, written bigint, error_class text, message text, detail text)
+language plpgsql
+as $$
+begin
+    foreach n in array numbers loop
+        begin
+            error_class := null;
+            message := null;
+            detail := null;
+            set constraints all immediate;
+            execute statement into written using n, n;
+        exception when others then
+            get stacked diagnostics
+                error_class = returned_sqlstate, message = message_text, detail = pg_exception_detail;
+            if left(error_class, 2) <> all (data_classes) then
+                raise;
+            end if;
+            written := 0;
+        end;
+        return next;
+    end loop;
+end
+$$;
+revoke all on function {schema}.try_each(text, bigint[], text[]) from public;
 revoke all on function {schema}.is_value(text, text) from public;
 revoke all on function {schema}.has_events(bigint) from public;
 revoke all on function {schema}.next_events(bigint, text[], integer) from public;

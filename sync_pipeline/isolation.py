@@ -1,0 +1,174 @@
+"""Records that the target refuses, told apart from the others of their batch, which are applied.
+
+When a statement fails, PostgreSQL names one row. Which others it would refuse is guessed for all at once, from the
+constraints of the table; the suspects are tried one by one, on the server, and the rest together. Where a guess misses
+a record, halving the rest finds it. A guess decides nothing: a suspect that is accepted is applied like any other.
+"""
+
+from collections.abc import Callable, Sequence
+
+import psycopg
+from psycopg import sql
+
+from sync_pipeline import parking, queries
+from sync_pipeline.applier import MAY_PASS_LATER, Applier, Refusal, Step, bounded, describe
+from sync_pipeline.database import DATA_CLASSES, error_class, query
+from sync_pipeline.records import Counts
+from sync_pipeline.statements import TableStatements
+
+
+def isolate(
+    applier: Applier,
+    schema: str,
+    steps: Sequence[Step],
+    counts: dict[str, Counts],
+    prepare_step: Callable[[Step], None],
+) -> list[Refusal]:
+    """Apply steps so that a record which the target refuses fails alone; return the refused records.
+
+    Records that failed on a foreign key or a unique value get another turn once the others are in: what was missing
+    may have come, what was in the way may be gone.
+    """
+    refused: list[Refusal] = []
+    for step in steps:
+        prepare_step(step)
+        failing = _apply(applier, schema, step, counts)
+        while True:
+            waiting = [refusal for refusal in failing if refusal.error_class in MAY_PASS_LATER]
+            again = _one_by_one(applier, schema, step, [r.number for r in waiting], counts)
+            if len(again) == len(waiting):
+                break
+            failing = [r for r in failing if r not in waiting] + again
+        refused += failing
+    return refused
+
+
+def _apply(applier: Applier, schema: str, step: Step, counts: dict[str, Counts]) -> list[Refusal]:
+    span = applier.numbers(step.tables)
+    if (error := _attempt(applier, step, counts, span)) is None:
+        return []
+    suspects = _suspects(applier, step) if error.sqlstate in _GUESSED else []
+    if not suspects:
+        return _halve(applier, step, counts, span, error)
+    [table] = step.tables
+    applier.connection.execute(applier.statements(table).sit_out, {"numbers": suspects})
+    refused = _bisect(applier, step, counts, span)
+    applier.connection.execute(applier.statements(table).sit_in, {"numbers": suspects})
+    return refused + _one_by_one(applier, schema, step, suspects, counts)
+
+
+def _bisect(
+    applier: Applier, step: Step, counts: dict[str, Counts], span: tuple[int, int]
+) -> list[Refusal]:
+    error = _attempt(applier, step, counts, span)
+    return [] if error is None else _halve(applier, step, counts, span, error)
+
+
+def _halve(
+    applier: Applier,
+    step: Step,
+    counts: dict[str, Counts],
+    span: tuple[int, int],
+    error: psycopg.Error,
+) -> list[Refusal]:
+    first, last = span
+    if first == last:
+        table = applier.table_of(step, first)
+        return [Refusal(table, first, error.sqlstate or "", describe(error))] if table else []
+    middle = (first + last) // 2
+    return [
+        *_bisect(applier, step, counts, (first, middle)),
+        *_bisect(applier, step, counts, (middle + 1, last)),
+    ]
+
+
+def _attempt(
+    applier: Applier, step: Step, counts: dict[str, Counts], span: tuple[int, int]
+) -> psycopg.Error | None:
+    """Apply a span of records, or none of them; return why not."""
+    done: dict[str, Counts] = {}
+    try:
+        with applier.connection.transaction():
+            applier.defer_constraints()
+            applier.run(step, done, span)
+            applier.check_constraints()
+    except psycopg.Error as error:
+        if error_class(error) != "data":
+            raise
+        return error
+    for table, entry in done.items():
+        counts.setdefault(table, Counts()).add(entry)
+    return None
+
+
+def _one_by_one(
+    applier: Applier, schema: str, step: Step, numbers: list[int], counts: dict[str, Counts]
+) -> list[Refusal]:
+    """Apply some records each on its own, in one round trip where it is one table; return those that are refused."""
+    if len(step.tables) > 1:
+        return [r for n in numbers for r in _bisect(applier, step, counts, (n, n))]
+    if not numbers:
+        return []
+    [table] = step.tables
+    single = applier.statements(table).single
+    connection = applier.connection
+    connection.execute(single.create_stage)
+    connection.execute(single.fill_from(applier.statements(table)), {"numbers": numbers})
+    parts, count = single.upsert(0, "known") if step.phase == "upsert" else single.delete(0)
+    statement = sql.SQL("with {} select {}").format(sql.SQL(", ").join(parts), count)
+    rows = connection.execute(
+        query(queries.get("try_each", schema)),
+        {
+            "statement": statement.as_string(connection),
+            "numbers": numbers,
+            "data_classes": sorted(DATA_CLASSES),
+        },
+    ).fetchall()
+    connection.execute(single.empty)
+    entry = counts.setdefault(table, Counts())
+    refused = []
+    for number, written, sqlstate, message, detail in rows:
+        if sqlstate is not None:
+            refused.append(Refusal(table, number, sqlstate, bounded(sqlstate, message, detail)))
+        elif step.phase == "upsert":
+            entry.upserted += written
+        else:
+            entry.deleted += written
+    return refused
+
+
+# Not null, foreign key, unique value, check.
+_GUESSED = {"23502", "23503", "23505", "23514"}
+
+
+def _suspects(applier: Applier, step: Step) -> list[int]:
+    """Return the numbers of the records that constraints of their table speak against: a guess, for single tables."""
+    if step.phase != "upsert" or len(step.tables) > 1:
+        return []
+    [table] = step.tables
+    statements = applier.statements(table)
+    connection = applier.connection
+    found = {holder.number for holder in parking.holders(applier, table)}
+    for key in applier.catalog.relation(applier.node, table).foreign_keys:
+        orphans = statements.orphans(applier.statements(key.parent), key)
+        found.update(number for (number,) in connection.execute(orphans))
+    carried = {column.name for column in statements.relation.columns.values()}
+    rows = connection.execute(
+        query(queries.get("read_checks", "")), {"oid": statements.relation.oid}
+    ).fetchall()
+    checks = [expression for expression, columns in rows if carried.issuperset(columns)]
+    found.update(_against(applier, statements, checks))
+    return sorted(found)
+
+
+def _against(applier: Applier, statements: TableStatements, checks: list[str]) -> list[int]:
+    """Return the numbers of the records for which a check is false; none when the checks cannot be asked this way."""
+    if not checks:
+        return []
+    try:
+        with applier.connection.transaction():
+            return [n for (n,) in applier.connection.execute(statements.against(checks))]
+    except psycopg.Error as error:
+        if error_class(error) == "transient":
+            raise
+        return []
