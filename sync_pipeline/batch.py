@@ -20,7 +20,6 @@ from sync_pipeline.records import Counts, Failure
 from sync_pipeline.snapshot import Change, Intake, Snapshot
 
 MAX_ROUNDS = 8
-FOREIGN_KEY_VIOLATION = "23503"
 
 
 class _ChildrenLeftError(Exception):
@@ -99,6 +98,9 @@ class Batch:
         self._companions = Companions(
             self.applier, self.snapshot, self._schema, self._last_number, self._stack
         )
+        # Most conflicts are here before us. Those that come while we write are found when our locks are held.
+        if dirty := self._dirty([]):
+            self._settle(dirty)
         self._savepoint()
 
     def upsert(self, tables: list[str]) -> None:
@@ -166,7 +168,7 @@ class Batch:
                 self._companions.bring_partners()
                 self._savepoint()
                 continue
-            if sqlstate == FOREIGN_KEY_VIOLATION and self._companions.bring_parents():
+            if sqlstate == isolation.FOREIGN_KEY_VIOLATION and self._companions.bring_parents():
                 self._savepoint()
                 continue
             if not self._gathered:

@@ -18,7 +18,7 @@ from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, query, scalar
 from sync_pipeline.records import Failure
 from sync_pipeline.snapshot import Change
-from sync_pipeline.statements import TableStatements
+from sync_pipeline.statements import AMONG, TableStatements
 
 # Not the key: a composite value of nulls `is null`.
 _FOUND = sql.SQL("(t.tableoid is not null)")
@@ -177,10 +177,11 @@ def log(applier: Applier, schema: str, table: str, decisions: list[Decision]) ->
             "as decided (n, kind, winner) "
             "join {stage} as s on s.n = decided.n left join {target} as t on {same_key} "
             # A held record that changes again is the same conflict.
-            "where decided.winner is not null or not exists (select from {conflicts} as open "
-            "where open.table_name = {table} and open.record_id = {record_id} and open.resolved_at is null) "
+            "where {among} and (decided.winner is not null or not exists (select from {conflicts} as open "
+            "where open.table_name = {table} and open.record_id = {record_id} and open.resolved_at is null)) "
             "order by s.n"
         ).format(
+            among=AMONG,
             conflicts=sql.Identifier(schema, "sync_conflicts"),
             table=table,
             record_id=statements.record_id(),
@@ -259,8 +260,9 @@ def _compare(statements: TableStatements) -> sql.Composed:
     return sql.SQL(
         "select s.n, s.present as staged_present, {found} as target_present, "
         "s.present = {found} and not (s.present and {differs}) as equal "
-        "from {stage} as s left join {target} as t on {same_key} where s.n = any (%(numbers)s::bigint[])"
+        "from {stage} as s left join {target} as t on {same_key} where {among}"
     ).format(
+        among=AMONG,
         found=_FOUND,
         differs=statements.differs,
         stage=statements.stage,

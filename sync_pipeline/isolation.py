@@ -16,6 +16,10 @@ from sync_pipeline.database import DATA_CLASSES, error_class, query
 from sync_pipeline.records import Counts
 from sync_pipeline.statements import TableStatements
 
+NOT_NULL_VIOLATION = "23502"
+FOREIGN_KEY_VIOLATION = "23503"
+CHECK_VIOLATION = "23514"
+
 
 def isolate(
     applier: Applier,
@@ -44,17 +48,20 @@ def isolate(
 
 
 def _apply(applier: Applier, schema: str, step: Step, counts: dict[str, Counts]) -> list[Refusal]:
+    """Apply a step but for the suspects of each kind of refusal that is met, then these one by one."""
     span = applier.numbers(step.tables)
-    if (error := _attempt(applier, step, counts, span)) is None:
-        return []
-    suspects = _suspects(applier, step) if error.sqlstate in _GUESSED else []
-    if not suspects:
-        return _halve(applier, step, counts, span, error)
-    [table] = step.tables
-    applier.connection.execute(applier.statements(table).sit_out, {"numbers": suspects})
-    refused = _bisect(applier, step, counts, span)
-    applier.connection.execute(applier.statements(table).sit_in, {"numbers": suspects})
-    return refused + _one_by_one(applier, schema, step, suspects, counts)
+    suspects: list[int] = []
+    while (error := _attempt(applier, step, counts, span)) is not None:
+        found = sorted(set(_suspects(applier, step, error.sqlstate)).difference(suspects))
+        if not found:
+            break
+        suspects += found
+        applier.connection.execute(applier.statements(*step.tables).sit_out, {"numbers": found})
+    refused = [] if error is None else _halve(applier, step, counts, span, error)
+    if suspects:
+        applier.connection.execute(applier.statements(*step.tables).sit_in, {"numbers": suspects})
+        refused += _one_by_one(applier, schema, step, suspects, counts)
+    return refused
 
 
 def _bisect(
@@ -137,28 +144,27 @@ def _one_by_one(
     return refused
 
 
-# Not null, foreign key, unique value, check.
-_GUESSED = {"23502", "23503", "23505", "23514"}
-
-
-def _suspects(applier: Applier, step: Step) -> list[int]:
-    """Return the numbers of the records that constraints of their table speak against: a guess, for single tables."""
+def _suspects(applier: Applier, step: Step, sqlstate: str | None) -> list[int]:
+    """Return the numbers of the records that constraints of a kind speak against: a guess, for single tables."""
     if step.phase != "upsert" or len(step.tables) > 1:
         return []
     [table] = step.tables
     statements = applier.statements(table)
     connection = applier.connection
-    found = {holder.number for holder in parking.holders(applier, table)}
-    for key in applier.catalog.relation(applier.node, table).foreign_keys:
-        orphans = statements.orphans(applier.statements(key.parent), key)
-        found.update(number for (number,) in connection.execute(orphans))
-    carried = {column.name for column in statements.relation.columns.values()}
-    rows = connection.execute(
-        query(queries.get("read_checks", "")), {"oid": statements.relation.oid}
-    ).fetchall()
-    checks = [expression for expression, columns in rows if carried.issuperset(columns)]
-    found.update(_against(applier, statements, checks))
-    return sorted(found)
+    if sqlstate == parking.UNIQUE_VIOLATION:
+        return list(dict.fromkeys(holder.number for holder in parking.holders(applier, table)))
+    if sqlstate == FOREIGN_KEY_VIOLATION:
+        keys = applier.catalog.relation(applier.node, table).foreign_keys
+        orphans = [statements.orphans(applier.statements(key.parent), key) for key in keys]
+        return list({number for each in orphans for (number,) in connection.execute(each)})
+    if sqlstate in {NOT_NULL_VIOLATION, CHECK_VIOLATION}:
+        carried = {column.name for column in statements.relation.columns.values()}
+        rows = connection.execute(
+            query(queries.get("read_checks", "")), {"oid": statements.relation.oid}
+        ).fetchall()
+        checks = [expression for expression, columns in rows if carried.issuperset(columns)]
+        return _against(applier, statements, checks)
+    return []
 
 
 def _against(applier: Applier, statements: TableStatements, checks: list[str]) -> list[int]:

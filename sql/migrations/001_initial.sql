@@ -163,13 +163,20 @@ returns table (n bigint, written bigint, error_class text, message text, detail 
 language plpgsql
 as $$
 begin
+    begin
+        deallocate sync_try_each;
+    exception when invalid_sql_statement_name then
+        null;
+    end;
+    -- Planned once, not for each number.
+    execute 'prepare sync_try_each (bigint, bigint) as ' || statement;
     foreach n in array numbers loop
         begin
             error_class := null;
             message := null;
             detail := null;
             set constraints all immediate;
-            execute statement into written using n, n;
+            execute format('execute sync_try_each (%s, %s)', n, n) into written;
         exception when others then
             get stacked diagnostics
                 error_class = returned_sqlstate, message = message_text, detail = pg_exception_detail;
