@@ -5,7 +5,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import psycopg
 import yaml
 from psycopg import sql
 
-from benchmarks import processes
+from benchmarks import cpu, processes
 from sync_pipeline import install
 from sync_pipeline.config import Config, load
 from sync_pipeline.database import connected
@@ -37,6 +37,7 @@ class Databases:
     """A database of one name on each server, with one open session in each, in autocommit mode."""
 
     name: str
+    servers: dict[str, Server]
     dsns: dict[str, str]
     config_path: Path
     source: Connection
@@ -62,7 +63,13 @@ class Databases:
     def sync(self, *arguments: str) -> "Report":
         """Pass until nothing is pending, in a process of its own; the time of its start is not counted."""
         with self.consumer(*arguments) as consumer:
-            return consumer.finish()
+            before = self.server_seconds()
+            report = consumer.finish()
+            return replace(report, server_seconds=self.server_seconds() - before)
+
+    def server_seconds(self) -> float:
+        """Return the processor time that both servers have used so far."""
+        return cpu.of_servers(self.servers.values())
 
     def settle(self) -> None:
         """Let nothing that was left over disturb the next measurement."""
@@ -82,14 +89,25 @@ class Databases:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the consumer's process says of its run."""
+    """What the consumer's process says of its run, and what both servers used meanwhile."""
 
     seconds: float
     cpu_seconds: float
+    backend_seconds: dict[str, float]
     peak_mb: float
     passes: int
     directions: dict[str, dict[str, int]]
     stages: dict[str, float]
+    server_seconds: float = 0.0
+
+    @property
+    def used(self) -> dict[str, float]:
+        """Processor time by who used it: our process, each backend, and both servers altogether."""
+        return {
+            "our process": self.cpu_seconds,
+            **self.backend_seconds,
+            "both servers": self.server_seconds,
+        }
 
 
 @dataclass(slots=True)
@@ -140,6 +158,7 @@ class Arena:
                 sessions[node] = session
             yield Databases(
                 name,
+                self.servers,
                 {node: server.dsn(name) for node, server in self.servers.items()},
                 self.directory / f"{name}.yaml",
                 *sessions.values(),

@@ -1,7 +1,8 @@
 """The consumer alone in a process, without Dagster: `python -m benchmarks.consumer sync.yaml [--stream] [--stages]`.
 
 Says `ready` when all is imported, begins at the first line on its input, and reports as one line of JSON. With
-`--stream` it says `leading` once it leads, and runs until the next line. `--stages` adds where the time went.
+`--stream` it says `leading` once it leads, and runs until the next line. `--stages` adds where the time went. The
+processor time of the backend of each connection is always there.
 """
 
 import argparse
@@ -12,9 +13,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import processes, stages
+from psycopg.conninfo import conninfo_to_dict
+
+from benchmarks import cpu, processes, stages
 from sync_pipeline import stream
-from sync_pipeline.config import load
+from sync_pipeline.config import Config, load
 
 
 def main() -> None:
@@ -27,29 +30,37 @@ def main() -> None:
     clock = stages.watch() if arguments.stages else None
     print("ready", flush=True)
     sys.stdin.readline()
-    cpu, started = time.process_time(), time.monotonic()
-    if arguments.stream:
-        stop = threading.Event()
-
-        def listen() -> None:
-            sys.stdin.readline()
-            stop.set()
-
-        threading.Thread(target=listen, daemon=True).start()
-        totals = stream.stream(
-            config, stop, listener=stream.Listener(leading=lambda: print("leading", flush=True))
-        )
-    else:
-        totals = stream.sync(config)
+    names = {
+        int(str(conninfo_to_dict(node.dsn.get_secret_value())["port"])): node.name
+        for node in config.nodes
+    }
+    with cpu.backends(names) as backends:
+        before, started = time.process_time(), time.monotonic()
+        totals = _stream(config) if arguments.stream else stream.sync(config)
+        seconds, spent = time.monotonic() - started, time.process_time() - before
     report = {
-        "seconds": time.monotonic() - started,
-        "cpu_seconds": time.process_time() - cpu,
+        "seconds": seconds,
+        "cpu_seconds": spent,
+        "backend_seconds": backends,
         "peak_mb": processes.peak_mb(),
         "passes": totals.passes,
         "directions": {name: asdict(counts) for name, counts in totals.directions.items()},
         "stages": clock.seconds() if clock else {},
     }
     print(json.dumps(report), flush=True)
+
+
+def _stream(config: Config) -> stream.Totals:
+    """Run the loop until the next line of the input."""
+    stop = threading.Event()
+
+    def listen() -> None:
+        sys.stdin.readline()
+        stop.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    listener = stream.Listener(leading=lambda: print("leading", flush=True))
+    return stream.stream(config, stop, listener=listener)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ subscription is enabled until the subscriber has the last row. Making the backlo
 applies as a replica: it checks no foreign key.
 """
 
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,6 +22,8 @@ class Race:
     ours: list[float] = field(default_factory=list)
     rivals: list[float] = field(default_factory=list)
     peaks: list[float] = field(default_factory=list)
+    our_cpu: list[dict[str, float]] = field(default_factory=list)
+    rivals_cpu: list[dict[str, float]] = field(default_factory=list)
 
 
 def measure(arena: Arena, options: Options) -> list[Figure]:
@@ -50,12 +53,14 @@ def race(arena: Arena, options: Options, workload: Workload, target: float) -> l
             report = drain(ours, workload, mark)
             result.ours.append(workload.records / report.seconds)
             result.peaks.append(report.peak_mb)
+            result.our_cpu.append(report.used)
 
         def they(mark: str) -> None:
             with rival.subscribed(theirs, workload.tables) as subscription:
                 make(theirs, workload, mark)
-                seconds = subscription.drain(workload.arrived.format(mark=mark))
-            result.rivals.append(workload.records / seconds)
+                drained = subscription.drain(workload.arrived.format(mark=mark))
+            result.rivals.append(workload.records / drained.seconds)
+            result.rivals_cpu.append(drained.used)
             theirs.require_equal(workload.tables)
 
         for number in range(options.rounds):
@@ -70,12 +75,38 @@ def race(arena: Arena, options: Options, workload: Workload, target: float) -> l
         profiled = drain(ours, workload, "profiled", "--stages")
     profile = figures.shares(profiled.stages, profiled.seconds)
     ratios = [mine / rivals for mine, rivals in zip(result.ours, result.rivals, strict=True)]
+    our_cpu, rivals_cpu = (medians(samples) for samples in (result.our_cpu, result.rivals_cpu))
+    details = {"profile": profile, "cpu": our_cpu}
+    name = workload.name
     return [
-        Figure(f"{workload.name}: ours", result.ours, "records/s", details={"profile": profile}),
-        Figure(f"{workload.name}: logical replication", result.rivals, "records/s"),
-        Figure(f"{workload.name}: ratio", ratios, at_least=target),
+        Figure(f"{name}: ours", result.ours, "records/s", details=details),
+        Figure(
+            f"{name}: logical replication", result.rivals, "records/s", details={"cpu": rivals_cpu}
+        ),
+        Figure(f"{name}: ratio", ratios, at_least=target),
+        Figure(
+            f"{name}: processor time, theirs ÷ ours",
+            [
+                total(theirs) / total(mine)
+                for mine, theirs in zip(result.our_cpu, result.rivals_cpu, strict=True)
+            ],
+        ),
         Figure(f"{workload.name}: peak memory", result.peaks, "MB", at_most=150),
     ]
+
+
+def total(used: dict[str, float]) -> float:
+    """All processor time of a drain: both servers, and our process where there is one."""
+    return used["both servers"] + used.get("our process", 0.0)
+
+
+def medians(samples: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each key; a sample without it counts as 0."""
+    names = dict.fromkeys(name for sample in samples for name in sample)
+    return {
+        name: round(statistics.median(sample.get(name, 0.0) for sample in samples), 3)
+        for name in names
+    }
 
 
 def make(databases: Databases, workload: Workload, mark: str) -> None:

@@ -19,7 +19,7 @@ from benchmarks.arena import SETTINGS, Arena, opened
 from sync_pipeline.servers import default_version
 
 ROUNDS = 5
-JSON_PATH = Path("tmp/benchmarks.json")
+JSON_PATH = Path("build/bench.json")
 TABLE_WIDTH = 120
 
 
@@ -117,7 +117,10 @@ def show(figures: Sequence[Figure], console: Console) -> None:
     for figure in figures:
         if profile := figure.details.get("profile"):
             parts = ", ".join(f"{stage} {share:.0%}" for stage, share in profile.items())
-            console.print(f"[dim]{figure.name}: {parts}[/]", highlight=False)
+            console.print(f"[dim]{figure.name}, where the time went: {parts}[/]", highlight=False)
+        if used := figure.details.get("cpu"):
+            parts = ", ".join(f"{who} {seconds:.2f} s" for who, seconds in used.items())
+            console.print(f"[dim]{figure.name}, processor time: {parts}[/]", highlight=False)
 
 
 def write(path: Path, figures: Sequence[Figure], options: Options, version: int | None) -> None:

@@ -7,11 +7,25 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from benchmarks.arena import Databases
+from benchmarks import cpu
+from benchmarks.arena import Connection, Databases
 
 NAME = "rival"
-POLL_SECONDS = 0.005
+# Each look costs the rival a little; it needs seconds.
+POLL_SECONDS = 0.01
 GIVE_UP_SECONDS = 600.0
+
+
+SENDER = "select 'walsender', pid from pg_stat_replication where application_name = %s"
+WORKERS = "select worker_type || ' worker', pid from pg_stat_subscription where subname = %s and pid is not null"
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """How long the rival needed, and the processor time that its processes and both servers used."""
+
+    seconds: float
+    used: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,19 +34,27 @@ class Rival:
 
     databases: Databases
 
-    def drain(self, arrived: str) -> float:
-        """Enable the subscription and return the seconds until the query `arrived` is true on the subscriber."""
+    def drain(self, arrived: str) -> Drained:
+        """Enable the subscription and wait until the query `arrived` is true on the subscriber."""
         session = self.databases.target
+        before = self.databases.server_seconds()
         started = time.perf_counter()
         session.execute(sql.SQL("alter subscription {} enable").format(sql.Identifier(NAME)))
         while True:
             row = session.execute(arrived.encode()).fetchone()
             seconds = time.perf_counter() - started
             if row and row[0]:
-                return seconds
+                used = _used(self.databases.source, SENDER) | _used(session, WORKERS)
+                used["both servers"] = self.databases.server_seconds() - before
+                return Drained(seconds, used)
             if seconds > GIVE_UP_SECONDS:
                 raise RuntimeError("the subscription does not get there")
             time.sleep(POLL_SECONDS)
+
+
+def _used(session: Connection, processes: str) -> dict[str, float]:
+    rows = session.execute(processes.encode(), [NAME]).fetchall()
+    return {name: cpu.of_process(pid) for name, pid in rows}
 
 
 @contextmanager
