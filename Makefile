@@ -9,6 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3
 # Two workers: each runs two PostgreSQL servers of its own, and two cores are busy with that.
 WORKERS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
@@ -54,5 +55,5 @@ test: lint ## lint, then the whole test suite; PYTEST_ARGS adds arguments
 test-versions: setup ## the core suite on every supported PostgreSQL found on this machine
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --all-pg-versions -m 'core and not soak' $(PYTEST_ARGS)
 
-bench: setup ## measure throughput and latency
-	@$(BIN)/python -m benchmarks
+bench: setup ## measure everything, beside logical replication; BENCH_ARGS=--quick tries it out
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

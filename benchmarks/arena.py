@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import yaml
@@ -23,12 +23,17 @@ Connection = psycopg.Connection[tuple[Any, ...]]
 
 NODES = ("crm", "billing")
 
+# The backend, its database and its application_name begin each entry of a server's log.
+LOG_LINE_PREFIX = "%p %d %a: "
+
 # The same on both servers and for both rivals. Checkpoints are asked for between measurements, not met in them.
 SETTINGS: dict[str, Setting] = {
     "wal_level": "logical",
     "shared_buffers": "256MB",
     "max_wal_size": "16GB",
     "checkpoint_timeout": "1h",
+    # For the profiles, which read the log.
+    "log_line_prefix": LOG_LINE_PREFIX,
 }
 
 
@@ -60,9 +65,9 @@ class Databases:
             consumer.expect("ready")
             yield consumer
 
-    def sync(self, *arguments: str) -> "Report":
+    def sync(self) -> "Report":
         """Pass until nothing is pending, in a process of its own; the time of its start is not counted."""
-        with self.consumer(*arguments) as consumer:
+        with self.consumer() as consumer:
             before = self.server_seconds()
             report = consumer.finish()
             return replace(report, server_seconds=self.server_seconds() - before)
@@ -97,7 +102,6 @@ class Report:
     peak_mb: float
     passes: int
     directions: dict[str, dict[str, int]]
-    stages: dict[str, float]
     server_seconds: float = 0.0
 
     @property
@@ -142,6 +146,21 @@ class Arena:
 
     servers: dict[str, Server]
     directory: Path
+
+    @contextmanager
+    def without_autovacuum(self) -> Iterator[None]:
+        """Leave vacuum to the measurement: otherwise it meets one contestant and not the other."""
+        self._set_autovacuum("off")
+        try:
+            yield
+        finally:
+            self._set_autovacuum("on")
+
+    def _set_autovacuum(self, value: LiteralString) -> None:
+        for server in self.servers.values():
+            with psycopg.connect(server.dsn(), autocommit=True) as session:
+                session.execute(f"alter system set autovacuum = {value}")
+                session.execute("select pg_reload_conf()")
 
     @contextmanager
     def databases(self, name: str, schema: str) -> Iterator[Databases]:

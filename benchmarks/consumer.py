@@ -1,8 +1,7 @@
-"""The consumer alone in a process, without Dagster: `python -m benchmarks.consumer sync.yaml [--stream] [--stages]`.
+"""The consumer alone in a process, without Dagster: `python -m benchmarks.consumer sync.yaml [--stream]`.
 
 Says `ready` when all is imported, begins at the first line on its input, and reports as one line of JSON. With
-`--stream` it says `leading` once it leads, and runs until the next line. `--stages` adds where the time went. The
-processor time of the backend of each connection is always there.
+`--stream` it says `leading` once it leads, and runs until the next line.
 """
 
 import argparse
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from psycopg.conninfo import conninfo_to_dict
 
-from benchmarks import cpu, processes, stages
+from benchmarks import cpu, processes
 from sync_pipeline import stream
 from sync_pipeline.config import Config, load
 
@@ -24,10 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--stream", action="store_true")
-    parser.add_argument("--stages", action="store_true")
     arguments = parser.parse_args()
     config = load(arguments.config, {})
-    clock = stages.watch() if arguments.stages else None
     print("ready", flush=True)
     sys.stdin.readline()
     names = {
@@ -45,7 +42,6 @@ def main() -> None:
         "peak_mb": processes.peak_mb(),
         "passes": totals.passes,
         "directions": {name: asdict(counts) for name, counts in totals.directions.items()},
-        "stages": clock.seconds() if clock else {},
     }
     print(json.dumps(report), flush=True)
 

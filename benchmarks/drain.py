@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from benchmarks import figures, rival, workloads
+from benchmarks import figures, rival, stages, workloads
 from benchmarks.arena import Arena, Databases, Report
 from benchmarks.figures import Figure, Options
 from benchmarks.workloads import Workload
@@ -36,6 +36,8 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
     ]
     measured = []
     for workload, target in entries:
+        if options.only not in workload.name:
+            continue
         figures.progress(f"  {workload.name}")
         measured += race(arena, options, workload, target)
     return measured
@@ -45,6 +47,7 @@ def race(arena: Arena, options: Options, workload: Workload, target: float) -> l
     """Drain a backlog by both, taking turns at going first."""
     result = Race()
     with (
+        arena.without_autovacuum(),
         arena.link("ours", workload.schema, workload.tables) as ours,
         arena.databases("theirs", workload.schema) as theirs,
     ):
@@ -71,9 +74,8 @@ def race(arena: Arena, options: Options, workload: Workload, target: float) -> l
                 f"    ours {result.ours[-1]:,.0f}/s, theirs {result.rivals[-1]:,.0f}/s,"
                 f" {result.ours[-1] / result.rivals[-1]:.2f}"
             )
-        # Once more with the statements timed, which costs a little and is not counted.
-        profiled = drain(ours, workload, "profiled", "--stages")
-    profile = figures.shares(profiled.stages, profiled.seconds)
+        make(ours, workload, "profiled")
+        profile = stages.profiled(ours)
     ratios = [mine / rivals for mine, rivals in zip(result.ours, result.rivals, strict=True)]
     our_cpu, rivals_cpu = (medians(samples) for samples in (result.our_cpu, result.rivals_cpu))
     details = {"profile": profile, "cpu": our_cpu}
@@ -110,23 +112,24 @@ def medians(samples: list[dict[str, float]]) -> dict[str, float]:
 
 
 def make(databases: Databases, workload: Workload, mark: str) -> None:
-    """Make a backlog on the source."""
+    """Make a backlog on the source of databases that are vacuumed and analysed before."""
     for session in databases.sessions:
         if workload.reset:
             for statement in workload.reset.split("; "):
                 session.execute(statement.encode())
-        for table in workload.tables:
-            session.execute(f"vacuum analyze {table}".encode())
+        session.execute("vacuum analyze")
     # The backlog's own commits need not reach the disk one by one; the checkpoint brings them there.
     databases.source.execute("set synchronous_commit = off")
     databases.source.execute(workload.backlog.format(mark=mark).encode())
+    for table in workload.tables:
+        databases.source.execute(f"vacuum {table}".encode())
     databases.settle()
 
 
-def drain(databases: Databases, workload: Workload, mark: str, *arguments: str) -> Report:
+def drain(databases: Databases, workload: Workload, mark: str) -> Report:
     """Make a backlog and drain it by us."""
     make(databases, workload, mark)
-    report = databases.sync(*arguments)
+    report = databases.sync()
     databases.require_equal(workload.tables)
     return report
 

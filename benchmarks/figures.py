@@ -19,6 +19,13 @@ from benchmarks.arena import SETTINGS, Arena, opened
 from sync_pipeline.servers import default_version
 
 ROUNDS = 5
+QUICK_ROUNDS = 3
+QUICK_SCALE = 0.1
+# Of the largest table of most benchmarks; every other size keeps its proportion to it.
+ROWS = 200_000
+# Of sustained load.
+MINUTES = 5.0
+QUICK_MINUTES = 0.5
 JSON_PATH = Path("build/bench.json")
 TABLE_WIDTH = 120
 
@@ -29,6 +36,8 @@ class Options:
 
     rounds: int = ROUNDS
     scale: float = 1.0
+    minutes: float = MINUTES
+    only: str = ""
 
     def of(self, count: int) -> int:
         """A workload's size at this scale."""
@@ -72,16 +81,24 @@ Measure = Callable[[Arena, Options], list[Figure]]
 def main(*measures: Measure, description: str | None) -> None:
     """Run some measurements on servers made for them; print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples per figure")
+    parser.add_argument("--quick", action="store_true", help="small and few: to try out")
+    parser.add_argument("--rounds", type=int, help=f"samples per figure, by default {ROUNDS}")
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="shrink every workload: to try out"
+        "--rows", type=int, help=f"of the largest table, by default {ROWS:,}; all sizes go with it"
     )
-    parser.add_argument("--pg-version", type=int, help="default: the newest that is installed")
-    parser.add_argument(
-        "--json", type=Path, default=JSON_PATH, help="where the figures are written"
-    )
+    parser.add_argument("--minutes", type=float, help=f"of sustained load, by default {MINUTES}")
+    parser.add_argument("--only", default="", help="leave out workloads without this in their name")
+    parser.add_argument("--statements", action="store_true", help="print the dearest statements")
+    parser.add_argument("--pg-version", type=int, help="by default the newest that is installed")
+    parser.add_argument("--json", type=Path, default=JSON_PATH, help=f"by default {JSON_PATH}")
     arguments = parser.parse_args()
-    options = Options(arguments.rounds, arguments.scale)
+    quick = arguments.quick
+    options = Options(
+        arguments.rounds or (QUICK_ROUNDS if quick else ROUNDS),
+        arguments.rows / ROWS if arguments.rows else (QUICK_SCALE if quick else 1.0),
+        arguments.minutes or (QUICK_MINUTES if quick else MINUTES),
+        arguments.only,
+    )
     console = _console(stderr=True)
     figures: list[Figure] = []
     for measure in measures:
@@ -91,14 +108,14 @@ def main(*measures: Measure, description: str | None) -> None:
         with opened(arguments.pg_version) as arena:
             measured = measure(arena, options)
         figures += measured
-        show(measured, console)
+        show(measured, console, statements=arguments.statements)
         write(arguments.json, figures, options, arguments.pg_version)
     if len(measures) > 1:
         show(figures, _console(stderr=False))
     console.print(f"[dim]written to {arguments.json}[/]")
 
 
-def show(figures: Sequence[Figure], console: Console) -> None:
+def show(figures: Sequence[Figure], console: Console, *, statements: bool = False) -> None:
     """Print figures as a table."""
     table = Table(box=None, pad_edge=False)
     for heading in ("figure", "median", "spread", "target", ""):
@@ -116,8 +133,11 @@ def show(figures: Sequence[Figure], console: Console) -> None:
     console.print(table)
     for figure in figures:
         if profile := figure.details.get("profile"):
-            parts = ", ".join(f"{stage} {share:.0%}" for stage, share in profile.items())
-            console.print(f"[dim]{figure.name}, where the time went: {parts}[/]", highlight=False)
+            console.print(
+                f"[dim]{figure.name}, stages: {_spent(profile['stages'], ', ')}[/]", highlight=False
+            )
+            if statements:
+                console.print(f"[dim]{_spent(profile['statements'], chr(10))}[/]", highlight=False)
         if used := figure.details.get("cpu"):
             parts = ", ".join(f"{who} {seconds:.2f} s" for who, seconds in used.items())
             console.print(f"[dim]{figure.name}, processor time: {parts}[/]", highlight=False)
@@ -143,14 +163,16 @@ def write(path: Path, figures: Sequence[Figure], options: Options, version: int 
     path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def shares(stages: dict[str, float], seconds: float) -> dict[str, float]:
-    """Each stage's share of the time of the clock; what overlaps counts in each."""
-    return {stage: round(spent / seconds, 3) for stage, spent in stages.items() if spent > 0}
-
-
 def progress(text: str) -> None:
     """Say on stderr what is going on."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _spent(entries: dict[str, dict[str, float]], separator: str) -> str:
+    return separator.join(
+        f"{name} {spent['seconds']:.2f} s ({spent['cpu']:.2f} s cpu)"
+        for name, spent in entries.items()
+    )
 
 
 def _console(*, stderr: bool) -> Console:
