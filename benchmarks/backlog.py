@@ -2,19 +2,21 @@
 
 import statistics
 
-from benchmarks import drain, figures, workloads
+from benchmarks import drain, figures, stages, workloads
 from benchmarks.arena import Arena
 from benchmarks.figures import Figure, Options
 
 SMALL = 50_000
 LARGE = 2_000_000
 # Drained once each, for the picture.
-BETWEEN = (200_000, 600_000)
+BETWEEN = (100_000, 200_000, 500_000, 1_000_000)
 
 
 def measure(arena: Arena, options: Options) -> list[Figure]:
     """Compare the drain of a large backlog with that of a small one."""
-    small, large = (max(1000, options.of(size) // 1000 * 1000) for size in (SMALL, LARGE))
+    small, *between, large = (
+        max(1000, options.of(size) // 1000 * 1000) for size in (SMALL, *BETWEEN, LARGE)
+    )
     rates: dict[int, list[float]] = {}
     peaks: dict[int, list[float]] = {}
     with arena.link("backlog", workloads.items(large), ["items"]) as databases:
@@ -30,12 +32,28 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
         for number in range(options.rounds):
             for size in (small, large) if number % 2 == 0 else (large, small):
                 sample(size, f"round {number} of {size}")
-        for size in BETWEEN:
-            sample(max(1000, options.of(size) // 1000 * 1000), f"picture {size}")
-    series = [[size, statistics.median(samples)] for size, samples in sorted(rates.items())]
+        for size in between:
+            sample(size, f"picture {size}")
+        drain.make(databases, workloads.chunks(between[-1], large), "profiled")
+        profile = stages.profiled(databases)
+    series = [
+        [size, statistics.median(samples), min(samples), max(samples)]
+        for size, samples in sorted(rates.items())
+    ]
     return [
         Figure(f"backlog of {small:,}", rates[small], "records/s"),
-        Figure(f"backlog of {large:,}", rates[large], "records/s", details={"series": series}),
+        Figure(
+            f"backlog of {large:,}",
+            rates[large],
+            "records/s",
+            details={"picture": "backlog", "series": series},
+        ),
+        Figure(
+            f"backlog of {between[-1]:,}",
+            rates[between[-1]],
+            "records/s",
+            details={"profile": profile},
+        ),
         Figure(
             "rate at the large backlog ÷ small",
             _ratios(rates[large], rates[small]),

@@ -1,6 +1,6 @@
 """Changes on both sides at once, without conflicts, against as many on one side."""
 
-from benchmarks import drain, figures, workloads
+from benchmarks import drain, figures, stages, workloads
 from benchmarks.arena import Arena
 from benchmarks.figures import Figure, Options
 
@@ -13,19 +13,31 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
     there = workloads.single_updates(half, rows, first=half)
     both: list[float] = []
     one: list[float] = []
-    with arena.link("both_ways", all_of_it.schema, all_of_it.tables) as databases:
+    with (
+        arena.without_autovacuum(),
+        arena.link("both_ways", all_of_it.schema, all_of_it.tables) as databases,
+    ):
+
+        def make_both(mark: str) -> None:
+            databases.target.execute("set synchronous_commit = off")
+            databases.target.execute(there.backlog.format(mark=mark).encode())
+            drain.make(databases, here, mark)
+
         for number in range(options.rounds):
             for ways in (1, 2) if number % 2 == 0 else (2, 1):
                 mark = f"round {number} {ways}"
                 if ways == 1:
-                    one.append(2 * half / drain.drain(databases, all_of_it, mark).seconds)
-                    continue
-                databases.target.execute("set synchronous_commit = off")
-                databases.target.execute(there.backlog.format(mark=mark).encode())
-                both.append(2 * half / drain.drain(databases, here, mark).seconds)
+                    drain.make(databases, all_of_it, mark)
+                else:
+                    make_both(mark)
+                seconds = databases.sync().seconds
+                (one if ways == 1 else both).append(2 * half / seconds)
+                databases.require_equal(["items"])
             figures.progress(f"    both ways {both[-1]:,.0f}/s, one way {one[-1]:,.0f}/s")
+        make_both("profiled")
+        profile = stages.profiled(databases)
     return [
-        Figure(f"{half:,} changes on each side", both, "records/s"),
+        Figure(f"{half:,} changes on each side", both, "records/s", details={"profile": profile}),
         Figure(f"{2 * half:,} changes on one side", one, "records/s"),
         Figure(
             "both ways ÷ one way",

@@ -1,20 +1,23 @@
-"""Drain and poll while somebody holds an old snapshot, so that no vacuum can remove a million consumed events."""
+"""Drain and poll while somebody holds an old snapshot, so that no vacuum can remove a million consumed events.
+
+The drains without a snapshot come half before and half after the others.
+"""
 
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import psycopg
 
-from benchmarks import drain, figures, workloads
+from benchmarks import drain, figures, stages, workloads
 from benchmarks.arena import Arena, Databases
 from benchmarks.figures import Figure, Options
 from sync_pipeline import passes
 from sync_pipeline.link import Link, lead
 
 EVENTS = 1_000_000
-POLLS = 200
+POLLS = 100
 
 
 def measure(arena: Arena, options: Options) -> list[Figure]:
@@ -23,41 +26,43 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
     workload = workloads.single_updates(records, rows)
     with arena.link("held", workload.schema, workload.tables) as databases:
 
-        def sample(mark: str) -> list[float]:
+        def sample(mark: str, rounds: int) -> list[float]:
             return [
                 records / drain.drain(databases, workload, f"{mark} {number}").seconds
-                for number in range(options.rounds)
+                for number in range(rounds)
             ]
 
-        free = sample("free")
-        with ExitStack() as exits:
+        half = (options.rounds + 1) // 2
+        free = sample("before", half)
+        with lead(databases.config()) as link:
+            free_polls = _polls(link, options.rounds)
+        with _held(databases):
             with lead(databases.config()) as link:
-                free_polls = _polls(link)
-                exits.enter_context(_held(databases))
                 _consume(databases, link, options.of(EVENTS), rows)
-                held_polls = _polls(link)
-            held = sample("held")
+                held_polls = _polls(link, options.rounds)
+            held = sample("held", options.rounds)
             with lead(databases.config()) as link:
-                fresh_polls = _polls(link)
+                fresh_polls = _polls(link, options.rounds)
+            drain.make(databases, workload, "profiled")
+            profile = stages.profiled(databases)
+        free += sample("after", half)
     figures.progress(f"    free {free}, held {held}")
     return [
         Figure("drain without an old snapshot", free, "records/s"),
-        Figure("drain with one held", held, "records/s"),
+        Figure("drain with one held", held, "records/s", details={"profile": profile}),
         Figure(
             "drain with an old snapshot ÷ without",
             [mine / statistics.median(free) for mine in held],
             at_least=0.9,
         ),
-        Figure("polls without an old snapshot", _milliseconds(free_polls), "ms"),
-        Figure("polls with one held", _milliseconds(held_polls), "ms"),
+        Figure("poll without an old snapshot", free_polls, "ms"),
+        Figure("poll with one held", held_polls, "ms"),
         Figure(
-            "polls with an old snapshot ÷ without",
-            [statistics.median(free_polls) / statistics.median(held_polls)],
+            "poll rate with an old snapshot ÷ without",
+            [statistics.median(free_polls) / mine for mine in held_polls],
             at_least=0.9,
         ),
-        Figure(
-            "polls with one held, by a worker that just began", _milliseconds(fresh_polls), "ms"
-        ),
+        Figure("poll with one held, by a worker that just began", fresh_polls, "ms"),
     ]
 
 
@@ -80,18 +85,17 @@ def _consume(databases: Databases, link: Link, events: int, rows: int) -> None:
         pass
 
 
-def _polls(link: Link) -> list[float]:
-    """Seconds of looks at an empty backlog."""
-    samples = []
-    for _ in range(POLLS):
-        started = time.perf_counter()
-        passes.run(link)
-        samples.append(time.perf_counter() - started)
-    return samples
-
-
-def _milliseconds(samples: list[float]) -> list[float]:
-    return [seconds * 1000 for seconds in samples]
+def _polls(link: Link, rounds: int) -> list[float]:
+    """Milliseconds of a look at an empty backlog, the median of many, `rounds` times."""
+    medians = []
+    for _ in range(rounds):
+        samples = []
+        for _ in range(POLLS):
+            started = time.perf_counter()
+            passes.run(link)
+            samples.append(time.perf_counter() - started)
+        medians.append(statistics.median(samples) * 1000)
+    return medians
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from benchmarks.figures import Figure, Options
 
 IDLE_SECONDS = 20.0
 REST_SECONDS = 3.0
+RESTS = 10
 INTERVAL_SECONDS = 0.05
 STEADY_CHANGES = 200
 ARRIVAL_SECONDS = 30.0
@@ -75,7 +76,7 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
             with _arrivals(databases) as arrivals:
                 first = [
                     _after_rest(databases, arrivals, f"first {number}")
-                    for number in range(options.rounds)
+                    for number in range(max(options.rounds, RESTS))
                 ]
                 steady = _trickle(databases, arrivals, options.of(STEADY_CHANGES))
             idle = _idle(databases, consumer, options)
@@ -136,11 +137,12 @@ def _idle(databases: Databases, consumer: Consumer, options: Options) -> list[Fi
     seconds = max(2.0, IDLE_SECONDS * min(1.0, options.scale))
     # What the servers themselves write now and then (a snapshot of running transactions) is written before.
     databases.settle()
-    wal, cpu, started = _wal(databases), _cpu(processes), time.perf_counter()
+    wal, tuples = _wal(databases), _rows(databases)
+    cpu, started = _cpu(processes), time.perf_counter()
     time.sleep(seconds)
     elapsed = time.perf_counter() - started
     spent = [after - before for after, before in zip(_cpu(processes), cpu, strict=True)]
-    written = _wal(databases) - wal
+    written = _wal(databases) - wal, _rows(databases) - tuples
     figures.progress(f"    idle: {spent[0]:.3f} s consumer, {sum(spent[1:]):.3f} s servers")
     return [
         Figure(
@@ -150,13 +152,26 @@ def _idle(databases: Databases, consumer: Consumer, options: Options) -> list[Fi
             at_most=1,
             details={"consumer": spent[0] / elapsed * 100},
         ),
-        Figure("idle stream: WAL written on both nodes", [written], "bytes", at_most=0),
+        Figure("idle stream: WAL written on both nodes", [written[0]], "bytes", at_most=0),
+        Figure("idle stream: rows written on both nodes", [written[1]], "rows", at_most=0),
     ]
 
 
 def _cpu(processes: list[psutil.Process]) -> list[float]:
     times = [process.cpu_times() for process in processes]
     return [used.user + used.system for used in times]
+
+
+def _rows(databases: Databases) -> int:
+    """How many rows were ever written to both databases."""
+    total = 0
+    for session in databases.sessions:
+        row = session.execute(
+            "select tup_inserted + tup_updated + tup_deleted from pg_stat_database where datname = %s",
+            [databases.name],
+        ).fetchone()
+        total += int(row[0]) if row else 0
+    return total
 
 
 def _wal(databases: Databases) -> int:

@@ -1,6 +1,9 @@
 """What conflicts and failures cost: a backlog in which some records changed on both sides, or are refused."""
 
-from benchmarks import drain, figures, workloads
+from collections.abc import Callable
+from typing import TypeVar
+
+from benchmarks import drain, figures, stages, workloads
 from benchmarks.arena import Arena, Databases
 from benchmarks.figures import Figure, Options
 from benchmarks.workloads import STRIDE, Workload
@@ -9,26 +12,45 @@ CONFLICTS = 0.05
 FAILURES = 0.01
 REFUSED = "refused"
 
+T = TypeVar("T")
+
 
 def measure(arena: Arena, options: Options) -> list[Figure]:
     """Drain the same backlog without trouble, with conflicts and with failures, in turns."""
     rows, records = options.of(200_000), options.of(50_000)
     workload = workloads.single_updates(records, rows)
     rates: dict[str, list[float]] = {"none": [], "conflicts": [], "failures": []}
-    with arena.link("trouble", workload.schema, workload.tables) as databases:
+    with (
+        arena.without_autovacuum(),
+        arena.link("trouble", workload.schema, workload.tables) as databases,
+    ):
         databases.target.execute(
             f"alter table items add constraint acceptable check (name <> '{REFUSED}')".encode()
         )
         for number in range(options.rounds):
             kinds = list(rates) if number % 2 == 0 else list(rates)[::-1]
             for kind in kinds:
-                rates[kind].append(_drain(databases, workload, rows, kind, f"{kind} {number}"))
+                mark = f"{kind} {number}"
+                report = _drain(databases, workload, rows, kind, mark, Databases.sync)
+                rates[kind].append(records / report.seconds)
             figures.progress(
                 "    "
                 + ", ".join(f"{kind} {samples[-1]:,.0f}/s" for kind, samples in rates.items())
             )
+        profiles = {
+            kind: _drain(databases, workload, rows, kind, f"profiled {kind}", stages.profiled)
+            for kind in rates
+        }
     return [
-        Figure("no trouble", rates["none"], "records/s"),
+        *(
+            Figure(
+                f"{records:,} updates, trouble: {kind}",
+                samples,
+                "records/s",
+                details={"profile": profiles[kind]},
+            )
+            for kind, samples in rates.items()
+        ),
         *(
             Figure(
                 f"{share:.0%} {kind} ÷ none",
@@ -40,7 +62,15 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
     ]
 
 
-def _drain(databases: Databases, workload: Workload, rows: int, kind: str, mark: str) -> float:
+def _drain(
+    databases: Databases,
+    workload: Workload,
+    rows: int,
+    kind: str,
+    mark: str,
+    drained: Callable[[Databases], T],
+) -> T:
+    """Make a backlog with some trouble in it, let `drained` drain it, and see that all went as it should."""
     every = round(1 / (CONFLICTS if kind == "conflicts" else FAILURES))
     # Numbers scatter as the workload's do, so these are some of its records, spread over all of it.
     some = f"""
@@ -55,12 +85,12 @@ def _drain(databases: Databases, workload: Workload, rows: int, kind: str, mark:
     drain.make(databases, workload, mark)
     if kind == "conflicts":
         databases.target.execute(some.format(change=f"note = 'also {mark}'").encode())
-    report = databases.sync()
+    result = drained(databases)
     _require(databases, kind, len(range(1, workload.records + 1, every)))
     if kind == "failures":
         _mend(databases, some)
     databases.require_equal(workload.tables)
-    return workload.records / report.seconds
+    return result
 
 
 def _require(databases: Databases, kind: str, expected: int) -> None:
