@@ -6,8 +6,10 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,70 @@ class Figure:
             return f"≥ {_number(self.at_least)}"
         return f"≤ {_number(self.at_most)}" if self.at_most is not None else ""
 
+    @property
+    def result(self) -> str:
+        """The value with its unit."""
+        return f"{_number(self.value)} {self.unit}".strip()
+
+    @property
+    def spread(self) -> str:
+        """The least and the greatest sample."""
+        if len(self.samples) < 2:
+            return ""
+        return f"{_number(min(self.samples))} - {_number(max(self.samples))}"
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, with what follows from it."""
+        return {
+            **asdict(self),
+            "value": self.value,
+            "met": self.is_met,
+            "target": self.target,
+            "result": self.result,
+            "spread": self.spread,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What was measured so far, by script, and the circumstances."""
+
+    options: Options
+    version: int
+    figures: dict[str, list[Figure]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def summary(self) -> str:
+        """How many targets were reached, and how long it took."""
+        met = [figure.is_met for measured in self.figures.values() for figure in measured]
+        minutes = sum(self.seconds.values()) / 60
+        return f"{met.count(True)} of {len(met) - met.count(None)} targets met, in {minutes:.0f} minutes"
+
+    def write(self, path: Path) -> None:
+        """Write all of it as JSON."""
+        document = {
+            "machine": {
+                "cores": os.cpu_count(),
+                "system": f"{platform.system()} {platform.machine()}",
+                "python": platform.python_version(),
+                "psycopg": psycopg.__version__,
+                "postgresql": self.version,
+                "settings": SETTINGS,
+            },
+            "day": datetime.now(UTC).date().isoformat(),
+            "options": asdict(self.options),
+            "seconds": self.seconds,
+            "figures": [
+                {"script": script, **figure.as_json()}
+                for script, measured in self.figures.items()
+                for figure in measured
+            ],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
 
 Measure = Callable[[Arena, Options], list[Figure]]
 
@@ -100,19 +166,31 @@ def main(*measures: Measure, description: str | None) -> None:
         arguments.only,
     )
     console = _console(stderr=True)
-    figures: list[Figure] = []
+    run = Run(options, arguments.pg_version or default_version())
     for measure in measures:
-        name = measure.__module__.rsplit(".", 1)[-1] if measure.__module__ != "__main__" else ""
-        console.print(f"[dim]{name or 'measuring'} …[/]")
-        # Fresh servers for each: nothing that one leaves behind slows the next.
-        with opened(arguments.pg_version) as arena:
-            measured = measure(arena, options)
-        figures += measured
+        module = sys.modules[measure.__module__]
+        name = Path(module.__file__ or "").stem
+        console.print(f"[dim]{name} …[/]")
+        started = time.monotonic()
+        try:
+            # Fresh servers for each: nothing that one leaves behind slows the next.
+            with opened(arguments.pg_version) as arena:
+                measured = measure(arena, options)
+        except Exception:  # noqa: BLE001 - the others have still to be measured; the run as a whole fails
+            console.print_exception()
+            run.failed.append(name)
+            continue
+        run.seconds[name] = round(time.monotonic() - started, 1)
+        run.figures[name] = measured
         show(measured, console, statements=arguments.statements)
-        write(arguments.json, figures, options, arguments.pg_version)
+        run.write(arguments.json)
     if len(measures) > 1:
-        show(figures, _console(stderr=False))
+        output = _console(stderr=False)
+        show([figure for measured in run.figures.values() for figure in measured], output)
+        output.print(run.summary)
     console.print(f"[dim]written to {arguments.json}[/]")
+    if run.failed:
+        sys.exit(f"failed: {', '.join(run.failed)}")
 
 
 def show(figures: Sequence[Figure], console: Console, *, statements: bool = False) -> None:
@@ -121,15 +199,8 @@ def show(figures: Sequence[Figure], console: Console, *, statements: bool = Fals
     for heading in ("figure", "median", "spread", "target", ""):
         table.add_column(heading, justify="left" if heading == "figure" else "right")
     for figure in figures:
-        spread = f"{_number(min(figure.samples))} - {_number(max(figure.samples))}"
         met = {True: "[green]met[/]", False: "[red]missed[/]", None: ""}[figure.is_met]
-        table.add_row(
-            figure.name,
-            f"{_number(figure.value)} {figure.unit}".strip(),
-            spread if len(figure.samples) > 1 else "",
-            figure.target,
-            met,
-        )
+        table.add_row(figure.name, figure.result, figure.spread, figure.target, met)
     console.print(table)
     for figure in figures:
         if profile := figure.details.get("profile"):
@@ -141,26 +212,6 @@ def show(figures: Sequence[Figure], console: Console, *, statements: bool = Fals
         if used := figure.details.get("cpu"):
             parts = ", ".join(f"{who} {seconds:.2f} s" for who, seconds in used.items())
             console.print(f"[dim]{figure.name}, processor time: {parts}[/]", highlight=False)
-
-
-def write(path: Path, figures: Sequence[Figure], options: Options, version: int | None) -> None:
-    """Write figures and the circumstances that they were measured in."""
-    document = {
-        "machine": {
-            "cores": os.cpu_count(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "python": platform.python_version(),
-            "psycopg": psycopg.__version__,
-            "postgresql": version or default_version(),
-            "settings": SETTINGS,
-        },
-        "options": asdict(options),
-        "figures": [
-            {**asdict(figure), "value": figure.value, "met": figure.is_met} for figure in figures
-        ],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def progress(text: str) -> None:
@@ -182,8 +233,8 @@ def _console(*, stderr: bool) -> Console:
 
 
 def _number(value: float | None) -> str:
-    if value is None:
-        return ""
+    if not value:
+        return "" if value is None else "0"
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.4f}"
