@@ -241,7 +241,8 @@ select
 -- What an idle consumer asks: does any event wait or is any failure due; and the oldest transaction that runs.
 select
     {schema}.has_events(%(floor)s)
-    or exists (select from {schema}.sync_failures where next_attempt_at <= pg_catalog.clock_timestamp())
+    -- The least comes from the index: failures that are not due are not read, however many there are.
+    or coalesce((select min(next_attempt_at) from {schema}.sync_failures) <= pg_catalog.clock_timestamp(), false)
         as waiting,
     pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint as oldest_running
 
@@ -879,7 +880,8 @@ select pg_catalog.clock_timestamp()
 -- What a sensor asks before it starts a run: does anything wait that can be applied, and since when is the node paused.
 select
     exists (select from {schema}.sync_events)
-    or exists (select from {schema}.sync_failures where next_attempt_at <= pg_catalog.clock_timestamp())
+    -- The least comes from the index: failures that are not due are not read, however many there are.
+    or coalesce((select min(next_attempt_at) from {schema}.sync_failures) <= pg_catalog.clock_timestamp(), false)
         as waiting,
     (select paused_at from {schema}.sync_node) as paused_at
 

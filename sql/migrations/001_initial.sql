@@ -34,6 +34,7 @@ create table {schema}.sync_failures (
     last_failed_at timestamptz not null default clock_timestamp(),
     primary key (table_name, record_id)
 );
+create index sync_failures_next_attempt_at on {schema}.sync_failures (next_attempt_at);
 
 -- Decisions taken on this node when a record had changed on both; null winner: an operator decides.
 create table {schema}.sync_conflicts (

@@ -22,9 +22,12 @@ ROUND_TRIPS_PER_BATCH = 30
 # The rows here are about 40 bytes, each index entry 16; with the headers of WAL records, and some for what runs beside.
 SOURCE_WAL_BYTES_PER_EVENT = 90
 TARGET_WAL_BYTES_PER_EVENT = 300
+# An event is about 80 bytes with its header, its entry in the one index 16; both with the headers of their records.
+CAPTURE_WAL_BYTES_PER_EVENT = 200
 TARGET_WAL_BYTES_OF_A_BATCH = 4_000
 # Of the 500 blocks or so that hold the dead events of the test. Up to 5,000 of them are not worth a look.
 BLOCKS_PER_POLL = 80
+TUPLES_PER_POLL = 2
 # psycopg prepares what it has met five times, in one round trip more.
 PASSES_UNTIL_PREPARED = 8
 
@@ -126,10 +129,10 @@ def _answers(trace: str) -> Counter[str]:
 
 def written(node: Node, link: Link, table: str) -> Counter[str]:
     """How many rows of a table were inserted, updated and deleted so far."""
-    for side in link.sides.values():
+    for session in (node.connection, *link.writers.values()):
         # Sent at the end of the next transaction instead of within a second.
-        side.writer.execute("select pg_stat_force_next_flush()")
-        side.writer.execute("select")
+        session.execute("select pg_stat_force_next_flush()")
+        session.execute("select")
     row = node.rows(
         "select n_tup_ins, n_tup_upd, n_tup_del from pg_stat_user_tables where relid = %s::regclass",
         table,
@@ -147,7 +150,17 @@ def needs_trace() -> pytest.MarkDecorator:
 
 
 @needs_trace()
-@pytest.mark.parametrize("change", [replay, lambda node, count: rename(node, count, f"to {count}")])
+@pytest.mark.parametrize(
+    "change",
+    [
+        replay,
+        lambda node, count: rename(node, count, f"to {count}"),
+        # Some that nobody has yet, and others when it is called again.
+        lambda node, count: add_accounts(node, count, first=MANY + count),
+        lambda node, count: node.execute("delete from accounts where id > %s", MANY - count),
+    ],
+    ids=["replays", "updates", "inserts", "deletes"],
+)
 def test_a_batch_takes_as_many_statements_round_trips_and_commits_whatever_its_rows(
     pair: Pair, warm_link: Link, change: Callable[[Node, int], None]
 ) -> None:
@@ -254,6 +267,62 @@ def test_a_change_costs_few_bytes_of_wal(
 
     assert (wal_position(pair.crm) - source) / MANY < SOURCE_WAL_BYTES_PER_EVENT
     assert (wal_position(pair.billing) - target) / MANY < TARGET_WAL_BYTES_PER_EVENT
+
+
+def test_an_event_is_written_once_and_deleted_once(pair: Pair, link: Link) -> None:
+    before = written(pair.crm, link, "sync.sync_events")
+    rename(pair.crm, MANY, "one event each")
+    consume(link)
+
+    assert written(pair.crm, link, "sync.sync_events") - before == {
+        "inserted": MANY,
+        "deleted": MANY,
+    }
+
+
+def test_capture_costs_a_change_few_bytes_of_wal(pair: Pair) -> None:
+    def wal_of_an_update() -> int:
+        before = wal_position(pair.crm)
+        rename(pair.crm, MANY, "captured or not")
+        return wal_position(pair.crm) - before
+
+    pair.crm.execute("set session_replication_role = replica")
+    without = wal_of_an_update()
+    pair.crm.execute("reset session_replication_role")
+    captured = wal_of_an_update()
+
+    assert (captured - without) / MANY < CAPTURE_WAL_BYTES_PER_EVENT
+
+
+def test_an_idle_look_reads_few_tuples_however_many_failures_wait(pair: Pair, link: Link) -> None:
+    for node in pair.nodes:
+        node.execute(
+            "insert into sync.sync_failures (table_name, record_id, state, next_attempt_at, error_class, error)"
+            " select 'accounts', i::text, case when i %% 2 = 0 then 'dead' else 'retrying' end,"
+            " case when i %% 2 <> 0 then now() + interval '1 day' end, '23514', 'refused'"
+            " from generate_series(1, %s::int) as i",
+            MANY,
+        )
+        node.execute("analyze sync.sync_failures")
+    before = _tuples_read(pair, link)
+    for _ in range(FEW):
+        assert not passes.run(link)
+    after = _tuples_read(pair, link)
+
+    assert after - before <= FEW * len(pair.nodes) * TUPLES_PER_POLL
+
+
+def _tuples_read(pair: Pair, link: Link) -> int:
+    """How many live rows scans and index look-ups of both nodes have read so far."""
+    tuples = 0
+    for node in pair.nodes:
+        written(node, link, "sync.sync_events")
+        tuples += int(
+            node.value(
+                "select sum(seq_tup_read + coalesce(idx_tup_fetch, 0)) from pg_stat_user_tables"
+            )
+        )
+    return tuples
 
 
 def test_idle_looks_write_nothing(pair: Pair, link: Link) -> None:
