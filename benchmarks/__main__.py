@@ -3,6 +3,7 @@
 from benchmarks import (
     backlog,
     both_ways,
+    bucardo,
     capture,
     drain,
     figures,
@@ -25,6 +26,7 @@ SCRIPTS = (
     trouble,
     tables,
     verify,
+    bucardo,
 )
 
 if __name__ == "__main__":

@@ -106,9 +106,9 @@ class Report:
 
     @property
     def used(self) -> dict[str, float]:
-        """Processor time by who used it: our process, each backend, and both servers altogether."""
+        """Processor time by who used it: the consumer's process, each backend, and both servers altogether."""
         return {
-            "our process": self.cpu_seconds,
+            "consumer": self.cpu_seconds,
             **self.backend_seconds,
             "both servers": self.server_seconds,
         }

@@ -7,11 +7,14 @@ applies as a replica: it checks no foreign key.
 
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 from benchmarks import figures, rival, stages, workloads
 from benchmarks.arena import Arena, Databases, Report
 from benchmarks.figures import Figure, Options
+from benchmarks.rival import Rival
 from benchmarks.workloads import Workload
 
 
@@ -26,30 +29,52 @@ class Race:
     rivals_cpu: list[dict[str, float]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Opponent:
+    """A rival by name, the databases that it drains, how it is made to wait for a backlog, and on what it runs."""
+
+    name: str
+    databases: Databases
+    waiting: Callable[[], AbstractContextManager[Rival]]
+    ground: str = ""
+
+
 def measure(arena: Arena, options: Options) -> list[Figure]:
-    """Race over the three backlogs."""
+    """Race against logical replication over the three backlogs."""
+    measured = []
+    for workload, target in entries(options):
+        figures.progress(f"  {workload.name}")
+        with arena.databases("theirs", workload.schema) as theirs:
+            waiting = partial(rival.subscribed, theirs, workload.tables)
+            opponent = Opponent("logical replication", theirs, waiting)
+            measured += race(arena, options, workload, opponent, target)
+    return measured
+
+
+def entries(options: Options) -> list[tuple[Workload, float]]:
+    """The backlogs to race over, and how many times as fast as logical replication we should be."""
     rows = options.of(200_000)
-    entries = [
+    every = [
         (workloads.single_updates(options.of(50_000), rows), 1.6),
         (workloads.one_update(rows), 1.5),
         (workloads.insert_storm(options.of(20_000)), 1.1),
     ]
-    measured = []
-    for workload, target in entries:
-        if options.only not in workload.name:
-            continue
-        figures.progress(f"  {workload.name}")
-        measured += race(arena, options, workload, target)
-    return measured
+    return [(workload, target) for workload, target in every if options.only in workload.name]
 
 
-def race(arena: Arena, options: Options, workload: Workload, target: float) -> list[Figure]:
+def race(
+    arena: Arena,
+    options: Options,
+    workload: Workload,
+    opponent: Opponent,
+    target: float | None = None,
+) -> list[Figure]:
     """Drain a backlog by both, taking turns at going first."""
     result = Race()
+    theirs = opponent.databases
     with (
         arena.without_autovacuum(),
         arena.link("ours", workload.schema, workload.tables) as ours,
-        arena.databases("theirs", workload.schema) as theirs,
     ):
 
         def we(mark: str) -> None:
@@ -59,9 +84,10 @@ def race(arena: Arena, options: Options, workload: Workload, target: float) -> l
             result.our_cpu.append(report.used)
 
         def they(mark: str) -> None:
-            with rival.subscribed(theirs, workload.tables) as subscription:
-                make(theirs, workload, mark)
-                drained = subscription.drain(workload.arrived.format(mark=mark))
+            prepare(theirs, workload)
+            with opponent.waiting() as waiting:
+                fill(theirs, workload, mark)
+                drained = waiting.drain(workload.arrived.format(mark=mark))
             result.rivals.append(workload.records / drained.seconds)
             result.rivals_cpu.append(drained.used)
             theirs.require_equal(workload.tables)
@@ -79,27 +105,25 @@ def race(arena: Arena, options: Options, workload: Workload, target: float) -> l
     ratios = [mine / rivals for mine, rivals in zip(result.ours, result.rivals, strict=True)]
     our_cpu, rivals_cpu = (medians(samples) for samples in (result.our_cpu, result.rivals_cpu))
     details = {"profile": profile, "cpu": our_cpu}
-    name = workload.name
+    name = workload.name + opponent.ground
     return [
         Figure(f"{name}: ours", result.ours, "records/s", details=details),
+        Figure(f"{name}: {opponent.name}", result.rivals, "records/s", details={"cpu": rivals_cpu}),
+        Figure(f"{name}: ours ÷ {opponent.name}", ratios, at_least=target),
         Figure(
-            f"{name}: logical replication", result.rivals, "records/s", details={"cpu": rivals_cpu}
-        ),
-        Figure(f"{name}: ratio", ratios, at_least=target),
-        Figure(
-            f"{name}: processor time, theirs ÷ ours",
+            f"{name}: processor time of {opponent.name} ÷ ours",
             [
                 total(theirs) / total(mine)
                 for mine, theirs in zip(result.our_cpu, result.rivals_cpu, strict=True)
             ],
         ),
-        Figure(f"{workload.name}: peak memory", result.peaks, "MB", at_most=150),
+        Figure(f"{name}: our peak memory", result.peaks, "MB", at_most=150),
     ]
 
 
 def total(used: dict[str, float]) -> float:
-    """All processor time of a drain: both servers, and our process where there is one."""
-    return used["both servers"] + used.get("our process", 0.0)
+    """All processor time of a drain: both servers, and the consumer where there is one."""
+    return used["both servers"] + used.get("consumer", 0.0)
 
 
 def medians(samples: list[dict[str, float]]) -> dict[str, float]:
@@ -112,12 +136,22 @@ def medians(samples: list[dict[str, float]]) -> dict[str, float]:
 
 
 def make(databases: Databases, workload: Workload, mark: str) -> None:
-    """Make a backlog on the source of databases that are vacuumed and analysed before."""
+    """Make a backlog on the source."""
+    prepare(databases, workload)
+    fill(databases, workload, mark)
+
+
+def prepare(databases: Databases, workload: Workload) -> None:
+    """Take the last backlog back where it has to be, vacuum and analyse."""
     for session in databases.sessions:
         if workload.reset:
             for statement in workload.reset.split("; "):
                 session.execute(statement.encode())
         session.execute("vacuum analyze")
+
+
+def fill(databases: Databases, workload: Workload, mark: str) -> None:
+    """Make a backlog on the source, and let nothing of that be left to do."""
     # The backlog's own commits need not reach the disk one by one; the checkpoint brings them there.
     databases.source.execute("set synchronous_commit = off")
     databases.source.execute(workload.backlog.format(mark=mark).encode())

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from psycopg import sql
 
@@ -15,41 +16,52 @@ NAME = "rival"
 POLL_SECONDS = 0.01
 GIVE_UP_SECONDS = 600.0
 
-
 SENDER = "select 'walsender', pid from pg_stat_replication where application_name = %s"
 WORKERS = "select worker_type || ' worker', pid from pg_stat_subscription where subname = %s and pid is not null"
 
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """How long the rival needed, and the processor time that its processes and both servers used."""
+    """How long a rival needed, and the processor time that its processes and both servers used."""
 
     seconds: float
     used: dict[str, float]
 
 
+class Rival(Protocol):
+    """Somebody who waits for a backlog that is to be made now."""
+
+    def drain(self, arrived: str) -> Drained:
+        """Begin, and return when the query `arrived` is true on the target."""
+
+
 @dataclass(frozen=True, slots=True)
-class Rival:
+class Subscription:
     """One subscription that is not enabled yet; what is changed from now on waits for it in the source's WAL."""
 
     databases: Databases
 
     def drain(self, arrived: str) -> Drained:
-        """Enable the subscription and wait until the query `arrived` is true on the subscriber."""
-        session = self.databases.target
+        source, target = self.databases.sessions
         before = self.databases.server_seconds()
         started = time.perf_counter()
-        session.execute(sql.SQL("alter subscription {} enable").format(sql.Identifier(NAME)))
-        while True:
-            row = session.execute(arrived.encode()).fetchone()
-            seconds = time.perf_counter() - started
-            if row and row[0]:
-                used = _used(self.databases.source, SENDER) | _used(session, WORKERS)
-                used["both servers"] = self.databases.server_seconds() - before
-                return Drained(seconds, used)
-            if seconds > GIVE_UP_SECONDS:
-                raise RuntimeError("the subscription does not get there")
-            time.sleep(POLL_SECONDS)
+        target.execute(sql.SQL("alter subscription {} enable").format(sql.Identifier(NAME)))
+        seconds = wait(target, arrived, started)
+        used = _used(source, SENDER) | _used(target, WORKERS)
+        used["both servers"] = self.databases.server_seconds() - before
+        return Drained(seconds, used)
+
+
+def wait(session: Connection, arrived: str, started: float) -> float:
+    """Return the seconds from `started` until a query is true."""
+    while True:
+        row = session.execute(arrived.encode()).fetchone()
+        seconds = time.perf_counter() - started
+        if row and row[0]:
+            return seconds
+        if seconds > GIVE_UP_SECONDS:
+            raise RuntimeError(f"after {seconds:.0f} seconds it is still false: {arrived}")
+        time.sleep(POLL_SECONDS)
 
 
 def _used(session: Connection, processes: str) -> dict[str, float]:
@@ -58,7 +70,7 @@ def _used(session: Connection, processes: str) -> dict[str, float]:
 
 
 @contextmanager
-def subscribed(databases: Databases, tables: Iterable[str]) -> Iterator[Rival]:
+def subscribed(databases: Databases, tables: Iterable[str]) -> Iterator[Subscription]:
     """Publish and subscribe equal tables, without an initial copy.
 
     The slot begins here, so the rival never reads WAL that others wrote before.
@@ -75,7 +87,7 @@ def subscribed(databases: Databases, tables: Iterable[str]) -> Iterator[Rival]:
         ).format(name, databases.dsns["crm"], name, NAME)
     )
     try:
-        yield Rival(databases)
+        yield Subscription(databases)
     finally:
         target.execute(sql.SQL("drop subscription {}").format(name))
         source.execute(sql.SQL("drop publication {}").format(name))
