@@ -29,7 +29,7 @@ ROWS = 200_000
 MINUTES = 5.0
 QUICK_MINUTES = 0.5
 JSON_PATH = Path("build/bench.json")
-TABLE_WIDTH = 120
+TABLE_WIDTH = 140
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,9 @@ class Run:
         """How many targets were reached, and how long it took."""
         met = [figure.is_met for measured in self.figures.values() for figure in measured]
         minutes = sum(self.seconds.values()) / 60
-        return f"{met.count(True)} of {len(met) - met.count(None)} targets met, in {minutes:.0f} minutes"
+        small = "" if self.options.scale == 1 else " (small sizes: no figures for a decision)"
+        counted = f"{met.count(True)} of {len(met) - met.count(None)} targets met"
+        return f"{counted}, in {minutes:.0f} minutes{small}"
 
     def write(self, path: Path) -> None:
         """Write all of it as JSON."""
