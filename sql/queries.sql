@@ -232,7 +232,7 @@ from {schema}.sync_node
 -- The node's clock, to bound which events a batch of the ledger may match; is any failure due; what had ended by then.
 select
     pg_catalog.clock_timestamp() as read_at,
-    exists (select from {schema}.sync_failures where next_attempt_at <= pg_catalog.clock_timestamp())
+    coalesce((select min(next_attempt_at) from {schema}.sync_failures) <= pg_catalog.clock_timestamp(), false)
         as failures_are_due,
     pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint as oldest_running,
     pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text::bigint as next_to_start
