@@ -14,6 +14,7 @@ from sync_pipeline.snapshot import Part
 from sync_pipeline.statements import Expected, TableStatements
 
 ERROR_LENGTH = 500
+IDLE_BATCHES = 50
 Phase = Literal["upsert", "delete"]
 
 
@@ -46,7 +47,8 @@ class Applier:
         self.node = node
         self._generation = generation
         self._statements: dict[tuple[str, bool], TableStatements] = {}
-        self._created: set[str] = set()
+        # The staging tables of this session, and how many batches have not needed each.
+        self._created: dict[str, int] = {}
         self._textual: set[str] = set()
         self.staged: dict[str, list[Part]] = {}
         # Which of the staged tables have records to write, and which have records to delete.
@@ -73,11 +75,18 @@ class Applier:
         self._numbers = {}
         wanted = self._with_ancestors(tables)
         self._textual = wanted if textual else set()
-        for table in wanted:
-            statements = self.statements(table)
+        needed = [self.statements(table) for table in wanted]
+        for statements in needed:
             if statements.stage_name not in self._created:
                 self.connection.execute(statements.create_stage)
-                self._created.add(statements.stage_name)
+        self._created = {name: idle + 1 for name, idle in self._created.items()}
+        self._created |= dict.fromkeys((statements.stage_name for statements in needed), 0)
+        # Each commit empties every staging table, whether it was used or not.
+        for name in [name for name, idle in self._created.items() if idle > IDLE_BATCHES]:
+            self.connection.execute(
+                sql.SQL("drop table {}").format(sql.Identifier("pg_temp", name))
+            )
+            del self._created[name]
 
     def _with_ancestors(self, tables: Iterable[str]) -> set[str]:
         found: set[str] = set()

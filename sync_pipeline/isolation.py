@@ -131,7 +131,7 @@ def _one_by_one(
             "data_classes": sorted(DATA_CLASSES),
         },
     ).fetchall()
-    connection.execute(single.empty)
+    connection.execute(single.drop_stage)
     entry = counts.setdefault(table, Counts())
     refused = []
     for number, written, sqlstate, message, detail in rows:

@@ -81,17 +81,20 @@ class Link:
         return self._appliers[node]
 
     def read_catalog(self) -> None:
-        """Read both catalogs again and forget what was composed from the old ones."""
-        self.catalog = catalog.read(self.config, self.writers, running=True)
+        """Read both catalogs again; where they changed, forget what was composed from the old ones."""
+        found = catalog.read(self.config, self.writers, running=True)
+        if found != self.catalog:
+            self.catalog = found
+            self.generation += 1
+            self._appliers = {}
+            for side in self.sides.values():
+                side.writer.execute("discard temp")
         self.revive()
-        self.generation += 1
-        self._appliers = {}
         for side in self.sides.values():
             # An event inserted by hand can have any id: now and then a look goes below the floor.
             waiting, _ = outbox.poll(side.writer, self.config.schema_name, floor=0)
             if waiting:
                 side.forget_floor()
-            side.writer.execute("discard temp")
 
     def revive(self) -> None:
         """Retry what was set aside because its table was not synced, where it is now."""

@@ -401,9 +401,9 @@ class TableStatements:
         ).format(self.stage, other.stage)
 
     @property
-    def empty(self) -> sql.Composed:
-        """Empty the staging table."""
-        return sql.SQL("delete from {}").format(self.stage)
+    def drop_stage(self) -> sql.Composed:
+        """Drop the staging table."""
+        return sql.SQL("drop table {}").format(self.stage)
 
     @property
     def sit_out(self) -> sql.Composed:
