@@ -142,12 +142,13 @@ def make(databases: Databases, workload: Workload, mark: str) -> None:
 
 
 def prepare(databases: Databases, workload: Workload) -> None:
-    """Take the last backlog back where it has to be, vacuum and analyse."""
+    """Vacuum, analyse, and take the last backlog back where it has to be."""
     for session in databases.sessions:
+        # Before a truncation: nobody would analyse an empty table, and plans for one are bad for what comes.
+        session.execute("vacuum analyze")
         if workload.reset:
             for statement in workload.reset.split("; "):
                 session.execute(statement.encode())
-        session.execute("vacuum analyze")
 
 
 def fill(databases: Databases, workload: Workload, mark: str) -> None:
