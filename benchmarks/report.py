@@ -49,7 +49,7 @@ def render(document: dict[str, Any]) -> str:
     users = [figure for figure in figures if "cpu" in figure["details"]]
     if users:
         parts += [
-            "Processor time of a drain by who used it, in seconds:",
+            "Processor time by who used it, in seconds:",
             _table(("drain", "who"), map(_users, users)),
         ]
     return "\n\n".join(parts)
