@@ -19,6 +19,8 @@ from benchmarks.figures import Figure, Options
 IDLE_SECONDS = 20.0
 REST_SECONDS = 3.0
 RESTS = 10
+# PostgreSQL's LOG_SNAPSHOT_INTERVAL_MS, and one second.
+SERVERS_OWN_WAL_SECONDS = 16.0
 INTERVAL_SECONDS = 0.05
 STEADY_CHANGES = 200
 ARRIVAL_SECONDS = 30.0
@@ -135,8 +137,9 @@ def _idle(databases: Databases, consumer: Consumer, options: Options) -> list[Fi
         processes += [psutil.Process(pid) for (pid,) in rows]
     time.sleep(REST_SECONDS)
     seconds = max(2.0, IDLE_SECONDS * min(1.0, options.scale))
-    # What the servers themselves write now and then (a snapshot of running transactions) is written before.
     databases.settle()
+    # A server that has written anything, if only a checkpoint, notes once more which transactions run, and then no more.
+    time.sleep(SERVERS_OWN_WAL_SECONDS)
     wal, tuples = _wal(databases), _rows(databases)
     cpu, started = _cpu(processes), time.perf_counter()
     time.sleep(seconds)
