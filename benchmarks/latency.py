@@ -136,9 +136,9 @@ def _idle(databases: Databases, consumer: Consumer, options: Options) -> list[Fi
         ).fetchall()
         processes += [psutil.Process(pid) for (pid,) in rows]
     time.sleep(REST_SECONDS)
-    seconds = max(2.0, IDLE_SECONDS * min(1.0, options.scale))
+    seconds = max(5.0, IDLE_SECONDS * min(1.0, options.scale))
     databases.settle()
-    # A server that has written anything, if only a checkpoint, notes once more which transactions run, and then no more.
+    # A server that has written anything, a checkpoint too, notes once more which transactions run, and then no more.
     time.sleep(SERVERS_OWN_WAL_SECONDS)
     wal, tuples = _wal(databases), _rows(databases)
     cpu, started = _cpu(processes), time.perf_counter()
