@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-versions ui bench lint format
+.PHONY: help setup demo test test-versions ui bench lint format docs
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml requirements.lock
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV) (a minute or two the first time)"
 	@$(BIN)/python -m pip install -qq --constraint requirements.lock hatchling
-	@$(BIN)/python -m pip install -qq --constraint requirements.lock --no-build-isolation --editable '.[demo,dev]'
+	@$(BIN)/python -m pip install -qq --constraint requirements.lock --no-build-isolation --editable '.[demo,dev,docs]'
 	@touch $@
 	@echo "ready: $(BIN)/sync-pipeline"
 
@@ -57,3 +57,7 @@ test-versions: setup ## the core suite on every supported PostgreSQL found on th
 
 bench: setup ## measure everything, beside logical replication; BENCH_ARGS=--quick tries it out
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+docs: setup ## build the site of docs/ into site/; a broken link or anchor is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs --quiet build --strict
+	@echo "built: site/index.html"
