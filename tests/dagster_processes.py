@@ -19,6 +19,7 @@ from unittest.mock import patch
 import dagster as dg
 import psutil
 
+from tests import deployment
 from tests.helpers import Pair
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +55,7 @@ class Dagster:
         self.home = home
         home.mkdir(parents=True)
         shutil.copyfile(settings, home / "dagster.yaml")
-        self.port, self._code_port = _free_port(), _free_port()
+        self.port, self._code_port = free_port(), free_port()
         (home / "workspace.yaml").write_text(
             f"load_from: [grpc_server: {{host: 127.0.0.1, port: {self._code_port}, location_name: {LOCATION}}}]"
         )
@@ -64,6 +65,13 @@ class Dagster:
             **(environment or {}),
             "SYNC_CONFIG": str(pair.config_path),
             "DAGSTER_HOME": str(home),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        self._places = {
+            "0.0.0.0": "127.0.0.1",  # noqa: S104 - in a container of its own
+            "/opt/dagster": str(home),
+            "3000": str(self.port),
+            "4000": str(self._code_port),
         }
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -106,27 +114,28 @@ class Dagster:
                 member.kill()
 
     def start(self, name: str) -> None:
-        """Start one of the processes: `code`, `webserver` or `daemon`."""
-        workspace = str(self.home / "workspace.yaml")
-        arguments = {
-            "code": [
-                *("dagster", "api", "grpc", "-h", "127.0.0.1", "-p", str(self._code_port)),
-                *("-m", "sync_pipeline.definitions", "--location-name", LOCATION),
-            ],
-            "webserver": [
-                *("dagster_webserver", "-h", "127.0.0.1", "-p", str(self.port), "-w", workspace),
-            ],
-            "daemon": ["dagster._daemon", "run", "-w", workspace],
-        }[name]
+        """Start one of the processes, `code`, `webserver` or `daemon`, as deploy/compose.yaml says."""
         with (self.home / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
+                deployment.command(name, self._places),
                 env=self._environment,
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
             )
+
+    def is_healthy(self, name: str, port: int | None = None) -> bool:
+        """Ask the health check of deploy/compose.yaml; on another port than that of the web server, if one is given."""
+        checked = subprocess.run(
+            deployment.health_check(name, {**self._places, "3000": str(port or self.port)}),
+            env=self._environment,
+            cwd=ROOT,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        return checked.returncode == 0
 
     def kill(self, name: str) -> None:
         """Kill one of the processes with SIGKILL; what it started lives on."""
@@ -249,7 +258,7 @@ def _selector(**names: str) -> dict[str, str]:
     return {"repositoryLocationName": LOCATION, "repositoryName": "__repository__", **names}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 
@@ -9,7 +10,7 @@ import psycopg
 import pytest
 
 from sync_pipeline.defs.glance import leading
-from tests.dagster_processes import HOME, Dagster, eventually
+from tests.dagster_processes import HOME, Dagster, eventually, free_port
 from tests.engine import config_of, equal, installed
 from tests.helpers import Cluster, Node, Pair, write_config
 
@@ -128,6 +129,12 @@ def test_a_killed_run_frees_the_locks_and_the_next_one_loses_nothing(
     assert dagster.ended(run["id"]) == "FAILURE"
     eventually("the next run has applied everything", lambda: is_synced(link))
     assert equal(link)
+
+
+def test_the_health_checks_of_the_deployment_tell_who_is_alive(dagster: Dagster) -> None:
+    for name in ("code", "webserver", "daemon"):
+        eventually(f"{name} is healthy", partial(dagster.is_healthy, name), 90)
+    assert not dagster.is_healthy("webserver", port=free_port())
 
 
 def test_a_killed_code_server_or_daemon_only_delays(link: Pair, dagster: Dagster) -> None:
