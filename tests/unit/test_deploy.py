@@ -16,6 +16,7 @@ from sync_pipeline.config import load
 from tests.deployment import COMPOSE, DEPLOY, ROOT, SERVICES, command, proxy_configuration
 
 DATABASES = {"crm-db", "billing-db", "dagster-db"}
+OFFLINE_SYSTEMD = 250
 PROGRAMS = {"stream", "code", "webserver", "daemon"}
 DOCKERFILE = (ROOT / "Dockerfile").read_text("utf-8")
 
@@ -181,5 +182,8 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
     said = run(analyze, "verify", "--man=no", *(tmp_path / unit.name for unit in UNITS))
     # Of a directive that it does not know it only warns.
     assert [line for line in said.splitlines() if str(tmp_path) in line] == []
+    version = subprocess.run([analyze, "--version"], capture_output=True, text=True, check=True)
+    if int(version.stdout.split()[1]) < OFFLINE_SYSTEMD:
+        return  # it can only judge units that are running
     for unit in (path for path in UNITS if path.suffix == ".service"):
         run(analyze, "security", "--offline=true", "--threshold=25", tmp_path / unit.name)
