@@ -21,7 +21,10 @@ select
         select coalesce(pg_catalog.jsonb_agg(
             pg_catalog.jsonb_build_object(
                 'name', attribute.attname,
-                'type', pg_catalog.format_type(base.oid, -1),
+                -- A type of the users' own with its schema: it means the same whatever is searched.
+                'type', case when base.typnamespace = 'pg_catalog'::regnamespace
+                    then pg_catalog.format_type(base.oid, -1)
+                    else pg_catalog.format('%%s.%%I', base.typnamespace::regnamespace, base.typname) end,
                 'formatted', pg_catalog.format_type(attribute.atttypid, attribute.atttypmod),
                 'domain', case when base.oid <> attribute.atttypid
                     then pg_catalog.format_type(attribute.atttypid, null) end,
@@ -38,16 +41,16 @@ select
         from pg_catalog.pg_attribute as attribute
         cross join lateral (
             with recursive unwrapped as (
-                select type.oid, type.typtype, type.typbasetype
+                select type.oid, type.typtype, type.typbasetype, type.typnamespace, type.typname
                 from pg_catalog.pg_type as type
                 where type.oid = attribute.atttypid
                 union all
-                select type.oid, type.typtype, type.typbasetype
+                select type.oid, type.typtype, type.typbasetype, type.typnamespace, type.typname
                 from unwrapped
                 join pg_catalog.pg_type as type on type.oid = unwrapped.typbasetype
                 where unwrapped.typtype = 'd'
             )
-            select oid from unwrapped where typtype <> 'd'
+            select oid, typnamespace, typname from unwrapped where typtype <> 'd'
         ) as base
         where attribute.attrelid = class.oid and attribute.attnum > 0 and not attribute.attisdropped
     ) as columns,
@@ -697,38 +700,70 @@ select
     pg_catalog.current_setting('autovacuum')::boolean
         and pg_catalog.current_setting('track_counts')::boolean as autovacuum,
     pg_catalog.current_setting('session_replication_role') as replication_role,
-    pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create') as may_create_schema,
+    case
+        when pg_catalog.to_regnamespace('{schema}') is null
+            then pg_catalog.has_database_privilege(pg_catalog.current_database(), 'create')
+        else pg_catalog.has_schema_privilege(pg_catalog.to_regnamespace('{schema}')::oid, 'create')
+    end as may_create_schema,
+    pg_catalog.has_database_privilege(pg_catalog.current_database(), 'temporary') as may_create_temporary,
     current_user::text as role,
-    pg_catalog.to_regclass('{schema}.sync_migrations') is not null as installed,
+    array(
+        select namespace.nspname::text
+        from unnest(pg_catalog.current_schemas(false)) as searched (name)
+        join pg_catalog.pg_namespace as namespace on namespace.nspname = searched.name
+        cross join lateral pg_catalog.aclexplode(namespace.nspacl) as granted
+        where granted.grantee = 0 and granted.privilege_type = 'CREATE'
+    ) as open_schemas,
+    -- Not to_regclass, which fails where the role may not use the schema.
+    exists (
+        select from pg_catalog.pg_class as class
+        where class.relnamespace = pg_catalog.to_regnamespace('{schema}') and class.relname = 'sync_migrations'
+    ) as installed,
     (select system_identifier::text from pg_catalog.pg_control_system()) as system_identifier,
     (
         select oid::bigint from pg_catalog.pg_database where datname = pg_catalog.current_database()
     ) as database_oid
 
 -- name: examine_own_tables
--- The pipeline's own tables: whether this role may write them, and the settings of each.
-select
-    class.relname as name,
-    pg_catalog.has_table_privilege(class.oid, 'select')
-        and pg_catalog.has_table_privilege(class.oid, 'insert')
-        and pg_catalog.has_table_privilege(class.oid, 'update')
-        and pg_catalog.has_table_privilege(class.oid, 'delete')
-        and pg_catalog.has_schema_privilege(class.relnamespace, 'usage') as writable,
-    coalesce(class.reloptions, '{}') as options
+-- The pipeline's own tables: the settings of each.
+select class.relname as name, coalesce(class.reloptions, '{}') as options
 from pg_catalog.pg_class as class
-where class.relnamespace = '{schema}'::regnamespace and class.relkind = 'r'
+where class.relnamespace = pg_catalog.to_regnamespace('{schema}') and class.relkind = 'r'
 order by class.relname
+
+-- name: examine_own_rights
+-- What this role lacks to run a consumer on the pipeline's own schema, as the statements that grant it.
+select 'grant usage on schema {schema}' as lacking
+where not pg_catalog.has_schema_privilege(pg_catalog.to_regnamespace('{schema}')::oid, 'usage')
+union all
+select pg_catalog.format(
+    'grant %%s on {schema}.%%I', pg_catalog.string_agg(needed.privilege, ', ' order by needed.position), class.relname
+)
+from pg_catalog.pg_class as class
+cross join unnest(array['select', 'insert', 'update', 'delete']) with ordinality as needed (privilege, position)
+where class.relnamespace = pg_catalog.to_regnamespace('{schema}')
+    and (class.relkind = 'r' and class.relname <> 'sync_migrations' or needed.privilege = 'select')
+    and class.relkind in ('r', 'v')
+    and not pg_catalog.has_table_privilege(class.oid, needed.privilege)
+group by class.relname
+union all
+select 'grant execute on function ' || function.oid::regprocedure::text
+from pg_catalog.pg_proc as function
+where function.pronamespace = pg_catalog.to_regnamespace('{schema}')
+    and function.prorettype <> 'trigger'::regtype
+    and not pg_catalog.has_function_privilege(function.oid, 'execute')
 
 -- name: examine_tables
 -- For each synced table: this role's rights, and what of the table cannot be seen in `read_catalog`.
 select
     class.oid::bigint as oid,
     pg_catalog.pg_has_role(class.relowner, 'usage') as owned,
-    pg_catalog.has_schema_privilege(class.relnamespace, 'usage')
-        and pg_catalog.has_table_privilege(class.oid, 'select') as readable,
-    pg_catalog.has_table_privilege(class.oid, 'insert')
-        and pg_catalog.has_table_privilege(class.oid, 'update')
-        and pg_catalog.has_table_privilege(class.oid, 'delete') as writable,
+    array(
+        select needed.privilege
+        from unnest(array['select', 'insert', 'update', 'delete']) with ordinality as needed (privilege, position)
+        where not pg_catalog.has_table_privilege(class.oid, needed.privilege)
+        order by needed.position
+    ) as lacking,
     class.relpersistence = 'u' as unlogged,
     class.relkind = 'r' and class.relhassubclass as inherited,
     array(

@@ -39,7 +39,8 @@ create or replace function {function}() returns trigger
 language plpgsql
 security definer
 set search_path = pg_catalog, pg_temp{settings}
-as {body}"""
+as {body};
+revoke all on function {function}() from public"""
 )
 
 _BODY = sql.SQL(

@@ -1,5 +1,6 @@
 """What both nodes' catalogs say about the synced tables: keys, columns, foreign keys, and the order they ask for."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
@@ -7,10 +8,10 @@ from typing import Any, TypeVar
 
 from psycopg.rows import dict_row
 
-from sync_pipeline import queries
+from sync_pipeline import conditions, queries
 from sync_pipeline.config import Config, FrozenMap, TableConfig
 from sync_pipeline.database import Connection, query
-from sync_pipeline.errors import CatalogMismatch, TableMissing
+from sync_pipeline.errors import CatalogMismatch, ConditionRefused, TableMissing
 from sync_pipeline.records import Column, ForeignKey, Relation
 
 _TABLE_KINDS = {"r", "p"}
@@ -50,7 +51,8 @@ def read(
     """Read both catalogs, one query each. Raises `CatalogMismatch` for the first table that cannot be synced.
 
     Columns that only one side has are left out with a warning; with `strict` (install, doctor) they are an error.
-    With `running` a missing table is left out as well: a schema change never stops a pair that runs.
+    With `running` a missing table is left out as well, and one whose condition no longer fits: a schema change never
+    stops a pair that runs.
     """
     catalog, problems = inspect(config, connections, strict=strict)
     fatal = [each for each in problems if not (running and isinstance(each, TableMissing))]
@@ -75,6 +77,10 @@ def inspect(
         found = {node.name: rows[node.name][index] for node in config.nodes}
         try:
             both = _relations(config, index, table, found, warnings, strict=strict)
+            for node, relation in both.items():
+                _check_condition(
+                    _Place(config, index, table.name, node), connections[node], relation
+                )
         except CatalogMismatch as problem:
             problems.append(problem)
             continue
@@ -126,7 +132,8 @@ def _relations(
             schema, name = table.relation(node)
             shown = f"{schema}.{name}" if schema else name
             raise place.missing(
-                f"table {shown} does not exist", "create it, or correct its name in sync.yaml"
+                f"table {shown} does not exist",
+                "create it, correct its name in sync.yaml, or grant this role usage on its schema",
             )
         if row["kind"] not in _TABLE_KINDS:
             raise place.problem(
@@ -196,6 +203,17 @@ def _relations(
     }
 
 
+def _check_condition(place: "_Place", connection: Connection, relation: Relation) -> None:
+    if relation.where is None:
+        return
+    said = conditions.fault(connection, relation.schema, relation.name, relation.where)
+    if said is not None:
+        raise place.refused(
+            f"the condition in `where` cannot be used: {said}",
+            "write one SQL condition on the columns of this node, as it would stand after WHERE",
+        )
+
+
 def _columns(
     table: TableConfig, node: str, row: dict[str, Any], place: "_Place"
 ) -> dict[str, Column]:
@@ -213,6 +231,11 @@ def _columns(
         field = fields.get(column["name"], column["name"])
         if column["generated"] or field in table.exclude:
             continue
+        if re.search("[{}%]", column["type"]):
+            raise place.problem(
+                f"column {column['name']} has the type {column['type']}, whose name has a brace or a percent sign",
+                "rename the type, or exclude the column",
+            )
         columns[field] = Column(
             name=column["name"],
             type_name=column["type"],
@@ -345,6 +368,9 @@ class _Place:
 
     def missing(self, text: str, remedy: str) -> TableMissing:
         return self._of(TableMissing, text, remedy)
+
+    def refused(self, text: str, remedy: str) -> ConditionRefused:
+        return self._of(ConditionRefused, text, remedy)
 
     def problem(self, text: str, remedy: str) -> CatalogMismatch:
         return self._of(CatalogMismatch, text, remedy)

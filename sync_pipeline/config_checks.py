@@ -126,7 +126,7 @@ def condition(sql: str) -> str:
 
 
 _SQL_TOKEN = re.compile(
-    r"""(?P<escaped>(?<![\w$])[eE]'(?:[^'\\]|''|\\.)*')
+    r"""(?P<escaped>(?<![\w$])(?:\d[\w.]*)?[eE]'(?:[^'\\]|''|\\.)*')
       | (?P<string>'(?:[^']|'')*')
       | (?P<name>"(?:[^"]|"")*")
       | (?P<dollar>(?<![\w$])\$(?P<tag>(?:[^\W\d]\w*)?)\$.*?\$(?P=tag)\$)
@@ -144,6 +144,8 @@ def fault_in_condition(sql: str) -> str | None:
     """Say why `sql` cannot stand after WHERE as one condition; None when nothing speaks against it."""
     if "\0" in sql:
         return "contains a NUL character"
+    if not storable(sql):
+        return "contains half a character, so it is no valid UTF-8"
     depth = 0
     for token in _SQL_TOKEN.finditer(sql):
         match token.lastgroup:

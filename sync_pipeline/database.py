@@ -1,5 +1,6 @@
 """Connections to the two nodes, and what an error of PostgreSQL means for the caller."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, LiteralString, Self, cast
@@ -10,7 +11,7 @@ from psycopg.abc import Params
 from psycopg.rows import Row
 
 from sync_pipeline.config import Config, NodeConfig
-from sync_pipeline.errors import ConnectionFailed
+from sync_pipeline.errors import ConnectionFailed, without_passwords
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Statement = LiteralString | bytes | sql.Composed | sql.SQL
@@ -51,6 +52,10 @@ ErrorClass = Literal["transient", "catalog", "data"]
 _TRANSIENT_CLASSES = {"08", "25", "40", "53", "55", "57", "58", "72", "XX", "F0"}
 # What a value or a record is to blame for.
 DATA_CLASSES = {"21", "22", "23", "27", "2F", "38", "39", "44", "54", "P0"}
+# What the schema, the rights or the program's own SQL is to blame for; all else is said of a record, an application's
+# own SQLSTATEs included.
+_CATALOG_CLASSES = {"0A", "0L", "0P", "26", "28", "2B", "34", "3D", "3F", "42", "HV"}
+_RAISED = "exec_stmt_raise"  # The function of PostgreSQL behind RAISE in PL/pgSQL: the text is the application's.
 
 
 class _Cursor(psycopg.Cursor[Row]):
@@ -91,11 +96,19 @@ def connect(node: NodeConfig, config: Config, role: str) -> Connection:
             keepalives_count=4,
         )
     except psycopg.Error as error:
+        if _splits_a_password(node):
+            # Not chained: the message may hold a part of the password.
+            cause, said = (
+                None,
+                "the password in its dsn has special characters that are not %-escaped",
+            )
+        else:
+            cause, said = error, in_words(error)
         raise ConnectionFailed(
-            f"cannot connect: {_first_line(error)}",
+            f"cannot connect: {said}",
             node=node.name,
             remedy="check the dsn, the network and pg_hba.conf",
-        ) from error
+        ) from cause
     settings = _SESSION | {
         "lock_timeout": f"{int(config.lock_timeout_seconds * 1000)}",
         "statement_timeout": f"{int(config.statement_timeout_seconds * 1000)}",
@@ -118,9 +131,15 @@ def connect(node: NodeConfig, config: Config, role: str) -> Connection:
     except psycopg.Error as error:
         connection.close()
         raise ConnectionFailed(
-            f"cannot prepare the session: {_first_line(error)}", node=node.name
+            f"cannot prepare the session: {in_words(error)}", node=node.name
         ) from error
     return connection
+
+
+def _splits_a_password(node: NodeConfig) -> bool:
+    """True for a URI with unescaped `@`, `/`, `:` or `#` in its password: libpq takes a part of it for the host."""
+    written = re.match(r"\w+://[^:@/]*:([^?]*)@", node.dsn.get_secret_value())
+    return written is not None and re.search("[@/:#]", written[1]) is not None
 
 
 @contextmanager
@@ -138,7 +157,28 @@ def error_class(error: psycopg.Error) -> ErrorClass:
     state = error.sqlstate
     if state is None or state[:2] in _TRANSIENT_CLASSES:
         return "transient"
-    return "data" if state[:2] in DATA_CLASSES else "catalog"
+    if error.diag.source_function == _RAISED:
+        return "data"
+    return "catalog" if state[:2] in _CATALOG_CLASSES else "data"
+
+
+def in_words(error: psycopg.Error) -> str:
+    """Say in one line what PostgreSQL said, for logs: no value of a row, and no password.
+
+    A message about a record quotes its values, so of such an error only its name and what it names are repeated.
+    """
+    if error_class(error) == "data" or error.diag.source_function == _RAISED:
+        diag = error.diag
+        condition = re.sub(r"(?<!^)(?=[A-Z])", " ", type(error).__name__).lower()
+        named = {
+            "table": diag.table_name,
+            "column": diag.column_name,
+            "constraint": diag.constraint_name,
+        }
+        names = "".join(f", {kind} {name}" for kind, name in named.items() if name)
+        return f"{condition} (SQLSTATE {error.sqlstate}{names})"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return without_passwords(lines[0])
 
 
 def query(text: bytes) -> LiteralString:
@@ -152,7 +192,3 @@ def scalar(
     """Return the first column of the first row, or None when there is no row."""
     row = connection.execute(statement, parameters).fetchone()
     return None if row is None else row[0]
-
-
-def _first_line(error: psycopg.Error) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -13,7 +13,7 @@ import psycopg
 
 from sync_pipeline import catalog, node_checks, queries, table_checks
 from sync_pipeline.config import Config, NodeConfig
-from sync_pipeline.database import Connection, connect, query, scalar
+from sync_pipeline.database import Connection, connect, in_words, query, scalar
 from sync_pipeline.errors import ConnectionFailed, SyncPipelineError
 from sync_pipeline.records import Finding
 
@@ -54,15 +54,25 @@ def _examined(check: str, node: str | None, run: Callable[[], Iterable[Finding]]
             findings.append(finding)  # noqa: PERF402 - keeps what came before an error
     except SyncPipelineError as error:
         findings.append(Finding.of(error, check, node))
+    except psycopg.errors.InsufficientPrivilege as error:
+        findings.append(
+            Finding(
+                "error",
+                "rights",
+                node,
+                None,
+                f"cannot be examined: {in_words(error)}",
+                "grant the pipeline's role the right to use it; sql/roles.sql has all that it needs",
+            )
+        )
     except psycopg.Error as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
         findings.append(
             Finding(
                 "error",
                 check,
                 node,
                 None,
-                f"cannot be examined: {said[0]}",
+                f"cannot be examined: {in_words(error)}",
                 "give the pipeline's role the right to read it, or examine again when the server is up",
             )
         )

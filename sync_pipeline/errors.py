@@ -115,6 +115,10 @@ class TableMissing(CatalogMismatch):
     """Create the table or take it out of `sync.yaml`; a running pair leaves it out meanwhile."""
 
 
+class ConditionRefused(TableMissing):
+    """Correct a `where` in `sync.yaml`; a running pair leaves its table out meanwhile."""
+
+
 class ConnectionFailed(SyncPipelineError):
     """Wait and retry: a node cannot be reached or refuses us. Never contains a password."""
 

@@ -10,7 +10,7 @@ from psycopg import sql
 
 from sync_pipeline import capture, catalog, queries, sequences
 from sync_pipeline.config import Config
-from sync_pipeline.database import Connection, query, scalar
+from sync_pipeline.database import Connection, in_words, query, scalar
 from sync_pipeline.errors import NotInstalled, PassInterrupted, SyncPipelineError
 from sync_pipeline.records import Relation
 
@@ -169,13 +169,11 @@ def _schema_unit(config: Config, node: str, connection: Connection) -> Iterator[
     version = _version(connection, schema)
     steps = []
     if version is None:
-        steps = [
-            Step(
-                node,
-                sql.SQL("create schema if not exists {}")
-                .format(sql.Identifier(schema))
-                .as_string(None),
-            ),
+        if not _schema_exists(connection, schema):
+            # Asked for only where it is needed: a role that owns the schema may be unable to create one.
+            create = sql.SQL("create schema if not exists {}").format(sql.Identifier(schema))
+            steps.append(Step(node, create.as_string(None)))
+        steps.append(
             Step(
                 node,
                 queries.compose(
@@ -183,8 +181,8 @@ def _schema_unit(config: Config, node: str, connection: Connection) -> Iterator[
                     "(version integer primary key, applied_at timestamptz not null default clock_timestamp())",
                     schema,
                 ).decode(),
-            ),
-        ]
+            )
+        )
     for number, text in queries.migrations():
         if number > (version or 0):
             steps.append(Step(node, queries.compose(text, schema).decode()))
@@ -244,11 +242,11 @@ def _run(connection: Connection, config: Config, steps: list[Step]) -> None:
 
 
 def _creates_schema(steps: list[Step]) -> bool:
-    return steps[0].statement.startswith("create schema")
+    return steps[0].statement.startswith(("create schema", "create table"))
 
 
 def _with_lock_retries(node: str, run: Callable[[], None]) -> None:
-    last: Exception | None = None
+    last: psycopg.Error = psycopg.errors.LockNotAvailable()
     for attempt in range(LOCK_ATTEMPTS):
         try:
             run()
@@ -257,14 +255,14 @@ def _with_lock_retries(node: str, run: Callable[[], None]) -> None:
             time.sleep(random.uniform(0.1, 0.3) * (attempt + 1))  # noqa: S311 - jitter
         except psycopg.Error as error:
             raise SyncPipelineError(
-                f"cannot install: {str(error).strip().splitlines()[0]}",
+                f"cannot install: {in_words(error)}",
                 node=node,
-                remedy="the role must own the synced tables and may create a schema in the database",
+                remedy="the role must own the synced tables, and own the pipeline's schema or be able to create it",
             ) from error
         else:
             return
     raise PassInterrupted(
-        f"a table stayed locked: {str(last).strip().splitlines()[0]}",
+        f"a table stayed locked: {in_words(last)}",
         node=node,
         remedy="end the long transaction that holds it and run install again",
     ) from last

@@ -123,14 +123,20 @@ def _one_by_one(
     connection.execute(single.fill_from(applier.statements(table)), {"numbers": numbers})
     parts, count = single.upsert(0, "known") if step.phase == "upsert" else single.delete(0)
     statement = sql.SQL("with {} select {}").format(sql.SQL(", ").join(parts), count)
-    rows = connection.execute(
-        query(queries.get("try_each", schema)),
-        {
-            "statement": statement.as_string(connection),
-            "numbers": numbers,
-            "data_classes": sorted(DATA_CLASSES),
-        },
-    ).fetchall()
+    parameters = {
+        "statement": statement.as_string(connection),
+        "numbers": numbers,
+        "data_classes": sorted(DATA_CLASSES),
+    }
+    try:
+        with connection.transaction():
+            rows = connection.execute(query(queries.get("try_each", schema)), parameters).fetchall()
+    except psycopg.Error as error:
+        if error_class(error) != "data":
+            raise
+        # A trigger of the application raised a class that PostgreSQL knows for something else, or does not know.
+        connection.execute(single.drop_stage)
+        return [r for n in numbers for r in _bisect(applier, step, counts, (n, n))]
     connection.execute(single.drop_stage)
     entry = counts.setdefault(table, Counts())
     refused = []

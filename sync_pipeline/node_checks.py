@@ -10,7 +10,7 @@ from sync_pipeline import install, locks, queries
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, query
 from sync_pipeline.errors import NotInstalled, SyncPipelineError
-from sync_pipeline.records import Finding
+from sync_pipeline.records import Finding, spelled
 
 OLDEST_VERSION = 14
 NEWEST_VERSION = 18
@@ -39,14 +39,20 @@ def examine(
     yield from _server(name, server)
     if not server["installed"]:
         if not server["may_create_schema"]:
+            role = spelled(server["role"])
             yield Finding(
                 "error",
                 "rights",
                 name,
                 None,
-                f"role {server['role']} may not create schema {config.schema_name}",
-                f"grant create on database … to {server['role']}, for the time of the installation",
+                f"role {role} may not create schema {config.schema_name}",
+                f"let the schema belong to the role that installs: create schema {spelled(config.schema_name)} "
+                f"authorization {role}",
             )
+        return
+    lacking = list(_own_rights(config, name, connection, server))
+    yield from lacking
+    if lacking:
         return
     try:
         install.require(config, name, connection)
@@ -97,6 +103,16 @@ def _server(node: str, server: dict[str, Any]) -> Iterator[Finding]:
             "default_transaction_read_only is on for this role or database",
             "set it to off for the pipeline's role",
         )
+    for schema in server["open_schemas"]:
+        yield Finding(
+            "warning",
+            "search_path",
+            node,
+            None,
+            f"everybody may create objects in schema {schema}, which role {server['role']} searches: "
+            "a function or an operator that somebody put there could run with its rights",
+            f"revoke create on schema {spelled(schema)} from public, as PostgreSQL 15 and newer have it",
+        )
     if server["replication_role"] != "origin":
         yield Finding(
             "error",
@@ -108,22 +124,37 @@ def _server(node: str, server: dict[str, Any]) -> Iterator[Finding]:
         )
 
 
+def _own_rights(
+    config: Config, node: str, connection: Connection, server: dict[str, Any]
+) -> Iterator[Finding]:
+    role = spelled(server["role"])
+    grants = [row["lacking"] for row in _rows(connection, "examine_own_rights", config.schema_name)]
+    if grants:
+        yield Finding(
+            "error",
+            "rights",
+            node,
+            None,
+            f"role {role} may not work with the pipeline's own tables in schema {config.schema_name}",
+            "; ".join(f"{grant} to {role}" for grant in grants) + "; sql/roles.sql does all of it",
+        )
+    if not server["may_create_temporary"]:
+        yield Finding(
+            "error",
+            "rights",
+            node,
+            None,
+            f"role {role} may not create temporary tables, which records are staged in",
+            f"grant temporary on database … to {role}",
+        )
+
+
 def _own_tables(
     config: Config, node: str, connection: Connection, server: dict[str, Any]
 ) -> Iterator[Finding]:
     tables = {
         row["name"]: row for row in _rows(connection, "examine_own_tables", config.schema_name)
     }
-    refused = [name for name, row in tables.items() if not row["writable"]]
-    if refused:
-        yield Finding(
-            "error",
-            "rights",
-            node,
-            None,
-            f"role {server['role']} may not read and write {', '.join(refused)} in schema {config.schema_name}",
-            "use the role that ran install, or grant it the rights on the schema and its tables",
-        )
     options = dict(option.split("=", 1) for option in tables["sync_events"]["options"])
     events = f"{config.schema_name}.sync_events"
     if not server["autovacuum"]:
@@ -211,7 +242,7 @@ def _vacuum(config: Config, node: str, connection: Connection) -> Iterator[Findi
             None,
             f"{row['kind']} {row['name']} of {row['owner']}{since} holds back vacuum: "
             f"{config.schema_name}.sync_events grows and passes slow down",
-            remedies[row["kind"]].format(name=row["name"]),
+            remedies[row["kind"]].format(name=row["name"].replace("'", "''")),
         )
 
 

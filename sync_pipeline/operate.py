@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg.rows import kwargs_row
 
-from sync_pipeline import catalog, install, locks, marks, queries
+from sync_pipeline import catalog, conditions, install, locks, marks, queries
 from sync_pipeline.config import Config
-from sync_pipeline.database import Connection, error_class, query, scalar
+from sync_pipeline.database import Connection, error_class, in_words, query, scalar
 from sync_pipeline.errors import CatalogMismatch, ConnectionFailed, SyncPipelineError
 from sync_pipeline.records import Relation
 from sync_pipeline.views import (
@@ -228,6 +228,14 @@ def replay(config: Config, connections: Connections, table: str, node: str, whic
     connection = connections[node]
     schema = config.schema_name
     with _asking(node):
+        if which.condition is not None:
+            said = conditions.fault(connection, relation.schema, relation.name, which.condition)
+            if said is not None:
+                raise SyncPipelineError(
+                    f"the condition cannot be used: {said}",
+                    node=node,
+                    remedy="write one SQL condition on the columns of this node",
+                )
         if which.everything or which.condition is not None:
             return marks.mark_rows(connection, schema, relation, which.condition)
         return marks.mark_keys(connection, schema, relation, which.record_ids)
@@ -348,7 +356,7 @@ def _asking(node: str) -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        problem = in_words(error)
         if error_class(error) == "transient":
             raise ConnectionFailed(problem, node=node) from error
         raise SyncPipelineError(problem, node=node) from error

@@ -17,7 +17,7 @@ import psycopg
 
 from sync_pipeline import ledger, outbox, snapshot
 from sync_pipeline.batch import Batch
-from sync_pipeline.database import error_class
+from sync_pipeline.database import error_class, in_words
 from sync_pipeline.errors import CatalogMismatch, PassInterrupted
 from sync_pipeline.link import Link
 from sync_pipeline.records import DirectionReport
@@ -307,8 +307,7 @@ def interruptions() -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        text = str(error).strip().splitlines()
-        summary = text[0] if text else type(error).__name__
+        summary = in_words(error)
         if error_class(error) == "transient":
             raise PassInterrupted(f"the pass was interrupted: {summary}") from error
         raise CatalogMismatch(
@@ -316,6 +315,5 @@ def interruptions() -> Iterator[None]:
             remedy="run `sync-pipeline doctor`",
         ) from error
     except ReadFailed as error:
-        raise CatalogMismatch(
-            f"{error}: {error.__cause__}".splitlines()[0], remedy="run `sync-pipeline doctor`"
-        ) from error
+        reason = in_words(error.__cause__) if isinstance(error.__cause__, psycopg.Error) else ""
+        raise CatalogMismatch(f"{error}: {reason}", remedy="run `sync-pipeline doctor`") from error

@@ -1,10 +1,21 @@
 """The values that the engine's modules hand each other."""
 
+import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
 from sync_pipeline.errors import SyncPipelineError
+
+_PLAIN_NAME = re.compile(r"[a-z_][a-z0-9_]*")
+
+
+def spelled(*names: str) -> str:
+    """Spell a name for SQL that an operator will copy: in quotes unless it is plain."""
+    return ".".join(
+        name if _PLAIN_NAME.fullmatch(name) else '"' + name.replace('"', '""') + '"'
+        for name in names
+    )
 
 
 @dataclass(frozen=True, slots=True)

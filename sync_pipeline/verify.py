@@ -21,7 +21,7 @@ import psycopg
 from sync_pipeline import catalog, install, marks, queries
 from sync_pipeline.comparison import Bucket, Record, Side
 from sync_pipeline.config import Config
-from sync_pipeline.database import Connection, error_class, query
+from sync_pipeline.database import Connection, error_class, in_words, query
 from sync_pipeline.errors import CatalogMismatch, PassInterrupted, SyncPipelineError
 
 LISTED = 1000
@@ -307,7 +307,7 @@ def _comparing() -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        summary = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        summary = in_words(error)
         if error_class(error) == "transient":
             raise PassInterrupted(f"the comparison was interrupted: {summary}") from error
         raise CatalogMismatch(

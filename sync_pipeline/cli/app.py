@@ -13,8 +13,8 @@ import typer
 from sync_pipeline import __version__
 from sync_pipeline.cli.show import complain, say
 from sync_pipeline.config import Config
-from sync_pipeline.database import Connection, connected
-from sync_pipeline.errors import SyncPipelineError, without_passwords
+from sync_pipeline.database import Connection, connected, in_words
+from sync_pipeline.errors import SyncPipelineError
 
 PROGRAM = "sync-pipeline"
 FAILED = 1
@@ -96,8 +96,7 @@ def main() -> None:
         complain(str(error))
         sys.exit(error.exit_code)
     except psycopg.Error as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        complain(without_passwords(f"PostgreSQL: {lines[0]}"))
+        complain(f"PostgreSQL: {in_words(error)}")
         sys.exit(FAILED)
 
 

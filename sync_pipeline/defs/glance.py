@@ -9,7 +9,7 @@ from psycopg.rows import class_row
 
 from sync_pipeline import install, locks
 from sync_pipeline.config import Config, NodeConfig
-from sync_pipeline.database import Connection, connected, query
+from sync_pipeline.database import Connection, connected, in_words, query
 from sync_pipeline.errors import ConnectionFailed, NotInstalled
 from sync_pipeline.queries import get
 
@@ -101,5 +101,4 @@ def _asking(node: NodeConfig, config: Config) -> Iterator[Connection]:
             install.require(config, node.name, connection)
             raise
         except psycopg.Error as error:
-            problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConnectionFailed(problem, node=node.name) from error
+            raise ConnectionFailed(in_words(error), node=node.name) from error

@@ -3,8 +3,8 @@
 import pytest
 
 from sync_pipeline.errors import CatalogMismatch
-from tests.engine import sync_pair, totals
-from tests.helpers import Pair
+from tests.engine import installed, sync_pair, totals
+from tests.helpers import Pair, write_config
 from tests.shapes import converge, failures, link, marked, texts
 
 
@@ -287,3 +287,22 @@ def test_a_refused_record_is_kept_however_its_replay_wrote_the_key(pair: Pair) -
     )
     totals(pair)
     assert [row[2] for row in failures(pair.crm)] == ["23514"]
+
+
+def test_a_key_whose_type_lies_in_a_schema_of_the_application_is_told_from_what_is_none(
+    pair: Pair,
+) -> None:
+    for node in pair.nodes:
+        node.execute("create type mood as enum ('happy', 'sad')")
+        node.execute("create table moods (m mood primary key, n int)")
+    write_config(pair.config_path, ["moods"])
+    installed(pair)
+    pair.crm.execute("insert into moods values ('happy', 1)")
+    pair.crm.execute(
+        "insert into sync.sync_events (table_name, record_id) values ('moods', 'none')"
+    )
+    sync_pair(pair)
+    assert pair.billing.rows("moods") == [("happy", 1)]
+    assert pair.crm.rows("select record_id, state, error_class from sync.sync_failures") == [
+        ("none", "dead", "22P02")
+    ]
