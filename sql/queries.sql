@@ -606,6 +606,23 @@ select
     node, pending, oldest_at, oldest_seconds, retrying, dead, conflicts_24h, conflicts_held, paused_at, last_pass_at
 from {schema}.sync_status
 
+-- name: count_captured
+-- How many events were ever written on this node, as its statistics know it: they are a second behind.
+select pg_catalog.pg_stat_get_tuples_inserted(class.oid)
+from pg_catalog.pg_class as class
+where class.relnamespace = pg_catalog.to_regnamespace('{schema}') and class.relname = 'sync_events'
+
+-- name: read_last_failure
+-- The failure that was met last, without its message.
+select
+    table_name,
+    record_id,
+    error_class,
+    extract(epoch from pg_catalog.clock_timestamp() - last_failed_at)::double precision as seconds
+from {schema}.sync_failures
+order by last_failed_at desc
+limit 1
+
 -- name: read_pending
 -- The oldest events that wait.
 select id, table_name, record_id, event_type, created_at

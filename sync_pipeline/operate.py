@@ -25,10 +25,12 @@ from sync_pipeline.views import (
     ClockDifference,
     Conflict,
     FailedRecord,
+    LastFailure,
     NodeStatus,
     PendingEvent,
     Selection,
     Status,
+    TableStatus,
 )
 
 CHUNK_ROWS = 10_000
@@ -114,7 +116,22 @@ def _node_status(config: Config, node: str, connection: Connection) -> NodeStatu
     with _asking(node):
         install.require(config, node, connection)
         backlog = _rows(connection, config, "read_status", Backlog, {})
-        return NodeStatus(backlog[0], locks.leader(connection, config))
+        failures = _rows(connection, config, "read_last_failure", LastFailure, {})
+        return NodeStatus(
+            backlog[0],
+            locks.leader(connection, config),
+            captured=scalar(connection, query(queries.get("count_captured", config.schema_name))),
+            last_failure=failures[0] if failures else None,
+        )
+
+
+def table_statuses(config: Config, connections: Connections) -> dict[str, list[TableStatus]]:
+    """Return what waits and what failed on each connected node, by table; nothing for a table without either."""
+
+    def read(_: str, connection: Connection) -> list[TableStatus]:
+        return _rows(connection, config, "read_table_status", TableStatus, {})
+
+    return _on_each(config, connections, read)
 
 
 def pending_counts(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from sync_pipeline.locks import Leader
 
 State = Literal["retrying", "dead", "held"]
+FAILURE_STATES: tuple[State, ...] = ("retrying", "dead", "held")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +28,39 @@ class Backlog:
 
 
 @dataclass(frozen=True, slots=True)
+class LastFailure:
+    """The failure that was met last on a node, and how long ago by its own clock."""
+
+    table_name: str
+    record_id: str
+    error_class: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class NodeStatus:
-    """One node: its backlog and who leads there, or why neither could be read."""
+    """One node: its backlog and who leads there, or why neither could be read.
+
+    `captured` counts the events that were ever written there, as PostgreSQL's statistics know it.
+    """
 
     backlog: Backlog | None = None
     leader: Leader | None = None
     error: str | None = None
+    captured: int = 0
+    last_failure: LastFailure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TableStatus:
+    """What waits and what failed of one table on one node."""
+
+    table_name: str
+    pending: int = 0
+    oldest_seconds: float = 0.0
+    retrying: int = 0
+    dead: int = 0
+    held: int = 0
 
 
 @dataclass(frozen=True, slots=True)

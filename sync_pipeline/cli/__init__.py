@@ -3,11 +3,11 @@
 Results go to stdout, everything else to stderr. With `--json` stdout holds exactly one JSON document.
 """
 
-from sync_pipeline.cli import init, keep, mark, run, set_up, watch
+from sync_pipeline.cli import export, init, keep, mark, run, set_up, watch
 from sync_pipeline.cli.app import app, main
 
 # The order of the commands in `--help`.
-for commands in (init, set_up, run, watch, keep, mark):
+for commands in (init, set_up, run, watch, export, keep, mark):
     commands.register(app)
 
 __all__ = ["app", "main"]

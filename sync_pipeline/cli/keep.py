@@ -1,11 +1,19 @@
 """Keep equal: `failures`, `conflicts`, `verify`."""
 
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from typing import Annotated
 
 import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from sync_pipeline import config as configuration
 from sync_pipeline import operate, resolution
@@ -207,8 +215,10 @@ def verify(
     if repair_from is not None:
         link.node(repair_from)
     marked = None
+    number = len(set(tables)) if tables else len(link.tables)
     with open_nodes(link) as connections:
-        report = comparison.verify(link, connections, tables or None, progress=_progress())
+        with _progress(number) as progress:
+            report = comparison.verify(link, connections, tables or None, progress=progress)
         if repair_from is not None:
             marked = comparison.repair(link, connections, report, repair_from, dry_run=dry_run)
     if as_json:
@@ -309,11 +319,22 @@ def _conflict_row(conflict: Conflict) -> tuple[object, ...]:
     )
 
 
-def _progress() -> Callable[[str, int], None] | None:
-    """Say on a terminal which table is done: a comparison takes a while."""
-    if not sys.stderr.isatty():
-        return None
-    return lambda table, rows: show.complain(f"{table}: {rows:,} rows compared")
+@contextmanager
+def _progress(tables: int) -> Iterator[Callable[[str, int], None] | None]:
+    """Show on a terminal how many tables are compared: a large one takes a while."""
+    console = show.console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("comparing", total=tables)
+
+        def advance(table: str, rows: int) -> None:
+            progress.console.print(show.printable(f"{table}: {rows:,} rows compared"))
+            progress.advance(task)
+
+        yield advance
 
 
 def _show_report(link: Config, report: VerifyReport) -> None:

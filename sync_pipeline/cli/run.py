@@ -1,7 +1,8 @@
 """Run: `sync`, `stream`, `pause`, `resume`."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from sync_pipeline import operate
 from sync_pipeline import stream as loop
 from sync_pipeline.cli import show
 from sync_pipeline.cli.app import ConfigOption, JsonOption, example, open_nodes, open_reachable
+from sync_pipeline.cli.export import DEFAULT_HOST
 from sync_pipeline.cli.signals import stopped_by_signals
 from sync_pipeline.config import Config
 from sync_pipeline.errors import LockTaken
@@ -34,7 +36,9 @@ class LogFormat(StrEnum):
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
     app.command(rich_help_panel=PANEL, epilog=example("sync --json"))(sync)
-    app.command(rich_help_panel=PANEL, epilog=example("stream --log-format json"))(stream)
+    app.command(
+        rich_help_panel=PANEL, epilog=example("stream --log-format json --metrics-port 9188")
+    )(stream)
     app.command(rich_help_panel=PANEL, epilog=example("pause"))(pause)
     app.command(rich_help_panel=PANEL, epilog=example("resume"))(resume)
 
@@ -80,6 +84,23 @@ def stream(
     log_format: Annotated[
         LogFormat, typer.Option("--log-format", help="One line of text or of JSON per occurrence.")
     ] = LogFormat.text,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            "--metrics-port",
+            min=0,
+            max=65535,
+            metavar="PORT",
+            help="Serve metrics for Prometheus on this port; 0: a free one.",
+            show_default=False,
+        ),
+    ] = None,
+    metrics_host: Annotated[
+        str,
+        typer.Option(
+            "--metrics-host", metavar="ADDRESS", help="Serve them on this address; no login."
+        ),
+    ] = DEFAULT_HOST,
 ) -> None:
     """Sync continuously until stopped; a second worker stands by until the first is gone.
 
@@ -88,11 +109,31 @@ def stream(
     """
     link = configuration.load(config)
     log = Log(link, log_format, to_stderr=as_json)
-    with stopped_by_signals() as stop:
-        totals = loop.stream(link, stop, seconds=seconds, listener=log.listener())
+    if log_format is LogFormat.text:
+        show.complain(
+            "syncing until stopped; next: `sync-pipeline status --watch` in another terminal, "
+            "and `sync-pipeline verify` to compare both sides"
+        )
+    with stopped_by_signals() as stop, _measured(link, log, metrics_host, metrics_port) as listener:
+        totals = loop.stream(link, stop, seconds=seconds, listener=listener)
     log.stopped(totals)
     if as_json:
         show.document(_totals(totals))
+
+
+@contextmanager
+def _measured(link: Config, log: "Log", host: str, port: int | None) -> Iterator[Listener]:
+    """Serve metrics for a `with` block, if a port was given; yields who listens to the loop."""
+    if port is None:
+        yield log.listener()
+        return
+    from sync_pipeline import metrics
+
+    registry = metrics.registry(link)
+    work = metrics.Work(link, registry)
+    with metrics.served(registry, host, port) as address:
+        log.serving(address)
+        yield work.counting(log.listener())
 
 
 def pause(config: ConfigOption = None, as_json: JsonOption = False) -> None:
@@ -140,6 +181,10 @@ class Log:
             standing_by=self.standing_by,
             interrupted=self.interrupted,
         )
+
+    def serving(self, address: str) -> None:
+        """Metrics can be scraped."""
+        self._write("serving", f"metrics: {address}", address=address)
 
     def opened(self, link: Link) -> None:
         """What the schemas of the nodes keep from being synced."""

@@ -1,5 +1,6 @@
 """Watch: `status`, `pending`."""
 
+import time
 from collections.abc import Callable
 from datetime import datetime
 from typing import Annotated, Any
@@ -45,7 +46,7 @@ def status(
         float, typer.Option("--interval", min=0.1, help="Seconds between two looks of --watch.")
     ] = 2.0,
 ) -> None:
-    """Show backlog, lag, failures, conflicts and who leads.
+    """Show backlog, lag, failures, conflicts, the last error, who leads; with --watch also how fast events move.
 
     A node that cannot be reached is named and does not hide the other.
     """
@@ -107,30 +108,67 @@ def _read(link: Config) -> Status:
 def _watch(link: Config, interval: float) -> None:
     """Show the status until a signal ends it: a screen on a terminal, a line each time elsewhere."""
     console = show.console()
+    rates = Rates()
     with stopped_by_signals() as stop:
         if not console.is_terminal:
             while not stop.is_set():
-                show.say(_line(link))
+                show.say(_line(link, rates))
                 stop.wait(interval)
             return
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while not stop.is_set():
-                live.update(_now(link), refresh=True)
+                live.update(_now(link, rates), refresh=True)
                 stop.wait(interval)
 
 
-def _now(link: Config) -> RenderableType:
+class Rates:
+    """How many events each node captured and had acknowledged in a second, between two looks."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._before: dict[str, tuple[float, int, int]] = {}
+        self._rates: dict[str, tuple[float, float]] = {}
+
+    def see(self, found: Status) -> None:
+        """Take a look into account. What was captured is about a second behind, as PostgreSQL's statistics are."""
+        now = self._clock()
+        for name, node in found.nodes.items():
+            if node.backlog is None:
+                self._before.pop(name, None)
+                self._rates.pop(name, None)
+                continue
+            pending = node.backlog.pending
+            if name in self._before:
+                then, captured, waited = self._before[name]
+                seconds = max(now - then, 0.001)
+                came = max(node.captured - captured, 0)
+                went = max(came - (pending - waited), 0)
+                self._rates[name] = (came / seconds, went / seconds)
+            self._before[name] = (now, node.captured, pending)
+
+    def of(self, node: str) -> str:
+        """Return captured and sent events per second in words."""
+        if node not in self._rates:
+            return "-"
+        came, went = self._rates[node]
+        return f"{came:,.0f} in, {went:,.0f} out"
+
+
+def _now(link: Config, rates: Rates) -> RenderableType:
     clock = Text(f"{datetime.now().astimezone():%H:%M:%S}  Ctrl-C ends it", style="dim")
     try:
-        return Group(_screen(link, _read(link)), clock)
+        found = _read(link)
     except SyncPipelineError as error:
         return Group(Text(str(error), style="red"), clock)
+    rates.see(found)
+    return Group(_screen(link, found, rates), clock)
 
 
-def _line(link: Config) -> str:
+def _line(link: Config, rates: Rates) -> str:
     parts = []
     try:
         found = _read(link)
+        rates.see(found)
     except SyncPipelineError as error:
         parts = [str(error)]
     else:
@@ -140,15 +178,17 @@ def _line(link: Config) -> str:
             else:
                 each = node.backlog
                 age = f" (oldest {show.duration(each.oldest_seconds)})" if each.pending else ""
+                conflicts = show.counted(each.conflicts_24h, "conflict")
                 parts.append(
-                    f"{name}: {each.pending:,} pending{age}, {each.retrying:,} retrying, {each.dead:,} dead"
+                    f"{name}: {each.pending:,} pending{age}, {rates.of(name)}, {each.retrying:,} retrying, "
+                    f"{each.dead:,} dead, {conflicts} in 24 h"
                 )
         parts.append(_leader(found))
     now = f"{datetime.now().astimezone().isoformat(sep=' ', timespec='seconds')}"
     return show.printable(f"{now} {' | '.join(parts)}")
 
 
-def _screen(link: Config, found: Status) -> RenderableType:
+def _screen(link: Config, found: Status, rates: Rates | None = None) -> RenderableType:
     """Lay the status out: a column for each node, so that it fits 80 columns."""
     rows: list[tuple[object, ...]] = []
     cells: tuple[tuple[str, Callable[[Backlog], str]], ...] = (
@@ -166,7 +206,10 @@ def _screen(link: Config, found: Status) -> RenderableType:
             "?" if node.backlog is None else cell(node.backlog) for node in found.nodes.values()
         ]
         rows.append((label, *values))
+    rows.append(("last error", *(_last_error(node) for node in found.nodes.values())))
     rows.append(("led by", *(_session(node) for node in found.nodes.values())))
+    if rates is not None:
+        rows.insert(2, ("events a second", *(rates.of(name) for name in found.nodes)))
     parts: list[RenderableType] = [show.table(None, ("", *found.nodes), rows)]
     parts += [
         Text(show.printable(node.error), style="red") for node in found.nodes.values() if node.error
@@ -185,6 +228,13 @@ def _screen(link: Config, found: Status) -> RenderableType:
             )
         )
     return Group(*parts)
+
+
+def _last_error(node: NodeStatus) -> str:
+    failure = node.last_failure
+    if failure is None:
+        return "-" if node.backlog is not None else "?"
+    return f"{failure.error_class} {failure.table_name}, {show.duration(failure.seconds)} ago"
 
 
 def _session(node: NodeStatus) -> str:
@@ -227,6 +277,8 @@ def _node(node: NodeStatus) -> dict[str, Any]:
     return values | {
         "paused": backlog and backlog.paused_at is not None,
         "last_pass_at": backlog and backlog.last_pass_at,
+        "captured": None if backlog is None else node.captured,
+        "last_failure": node.last_failure,
         "leads": node.leader and node.leader.pid,
         "error": node.error,
     }

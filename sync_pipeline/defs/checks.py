@@ -11,12 +11,13 @@ from dagster._core.definitions.unresolved_asset_job_definition import (
 from sync_pipeline import verify
 from sync_pipeline.config import Config
 from sync_pipeline.database import connected
-from sync_pipeline.defs.glance import TableStatus, table_statuses
+from sync_pipeline.defs.glance import table_statuses
 from sync_pipeline.defs.metadata import seconds
 from sync_pipeline.defs.names import Names
 from sync_pipeline.defs.session import failure
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.verify import TableReport
+from sync_pipeline.views import TableStatus
 
 DEFAULT_LAG_SECONDS = 300.0
 LAG = "lag"

@@ -12,6 +12,7 @@ from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, connected, in_words, query
 from sync_pipeline.errors import ConnectionFailed, NotInstalled
 from sync_pipeline.queries import get
+from sync_pipeline.views import TableStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,18 +22,6 @@ class Glance:
     waiting: tuple[str, ...] = ()
     leader: str | None = None
     obstacle: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TableStatus:
-    """What waits and what failed of one table on one node."""
-
-    table_name: str
-    pending: int = 0
-    oldest_seconds: float = 0.0
-    retrying: int = 0
-    dead: int = 0
-    held: int = 0
 
 
 def look(config: Config) -> Glance:

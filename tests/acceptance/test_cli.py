@@ -34,7 +34,17 @@ def test_the_console_script_is_the_program() -> None:
 def test_there_is_every_command_of_the_contract() -> None:
     assert set(COMMANDS) == {
         *("install", "uninstall", "doctor", "sync", "stream", "status", "pending", "failures"),
-        *("conflicts", "replay", "backfill", "verify", "pause", "resume", "demo", "init"),
+        *(
+            "conflicts",
+            "replay",
+            "backfill",
+            "verify",
+            "pause",
+            "resume",
+            "demo",
+            "init",
+            "metrics",
+        ),
     }
 
 

@@ -1,8 +1,11 @@
 """Install, sync, stream, pause and uninstall, as an operator runs them."""
 
+import inspect
 import json
+import re
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -164,6 +167,16 @@ def test_stream_logs_json_lines_with_constant_names(link: Pair) -> None:
         assert worker.stdout is not None
         last = json.loads(worker.stdout.read().splitlines()[-1])
         assert last["event"] == "stopped"
+
+
+def test_every_event_of_the_log_is_in_the_manual_and_no_other() -> None:
+    source = Path(inspect.getfile(Log)).read_text(encoding="utf-8")
+    manual = (Path(__file__).parents[2] / "docs" / "commands.md").read_text(encoding="utf-8")
+    _, section = manual.split("### `stream ")
+    section = section.split("\n### ")[0]
+    documented = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    documented.remove("event")
+    assert sorted(documented) == sorted(re.findall(r'self\._write\(\s*"(\w+)"', source))
 
 
 def test_with_json_the_log_of_stream_goes_to_stderr(link: Pair) -> None:

@@ -10,6 +10,8 @@ from contextlib import suppress
 
 import pytest
 
+from sync_pipeline.cli.watch import Rates
+from sync_pipeline.views import Backlog, NodeStatus, Status
 from tests.engine import installed, sync_pair
 from tests.helpers import Node, Pair, write_config
 from tests.program import (
@@ -83,14 +85,37 @@ def test_status_names_the_node_that_is_not_installed(link: Pair) -> None:
 
 def test_watch_prints_lines_where_there_is_no_terminal(link: Pair) -> None:
     with running(link, "status", "--watch", "--interval", "0.1") as watching:
-        assert "crm: 0 pending" in line_with(watching, "pending")
+        first = line_with(watching, "pending")
+        assert "crm: 0 pending" in first
+        assert "0 conflicts in 24 h" in first
         link.crm.insert("accounts", id=1, name="one")
         assert "billing: 0 pending" in line_with(watching, "crm: 1 pending")
         assert stop(watching) == 0
 
 
+def test_rates_are_what_came_and_went_between_two_looks() -> None:
+    def look(captured: int, pending: int) -> Status:
+        backlog = Backlog("crm", pending, None, 0.0, 0, 0, 0, 0, None, None)
+        return Status({"crm": NodeStatus(backlog, captured=captured), "billing": NodeStatus()})
+
+    moments = iter((0.0, 2.0, 4.0))
+    rates = Rates(lambda: next(moments))
+    rates.see(look(captured=100, pending=0))
+    assert rates.of("crm") == "-"
+    rates.see(look(captured=3100, pending=1000))
+    assert rates.of("crm") == "1,500 in, 1,000 out"
+    # The statistics were reset.
+    rates.see(look(captured=0, pending=0))
+    assert rates.of("crm") == "0 in, 500 out"
+    assert rates.of("billing") == "-"
+
+
 def test_watch_fits_a_terminal_of_80_columns(link: Pair) -> None:
+    link.billing.execute("alter table users add constraint adult check (age >= 18)")
     link.crm.insert("accounts", id=1, name="one")
+    link.crm.insert("users", id=1, account_id=1, email="a@x.org", age=3)
+    sync_pair(link)
+    link.crm.insert("accounts", id=2, name="two")
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (24, 80))
     try:
@@ -114,6 +139,8 @@ def test_watch_fits_a_terminal_of_80_columns(link: Pair) -> None:
     assert max(map(len, lines)) <= 80
     assert any("pending" in line and "1" in line and "0" in line for line in lines)
     assert "nobody leads" in screen
+    assert any("events a second" in line for line in lines)
+    assert any("last error" in line and "23514 users" in line for line in lines)
     assert len([line for line in lines if line]) <= 24
 
 

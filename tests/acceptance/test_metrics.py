@@ -1,0 +1,207 @@
+"""Metrics: what is served is what the manual, the dashboard and the alert rules say."""
+
+import json
+import re
+import shutil
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from sync_pipeline import metrics
+from tests.engine import config_of, installed, sync_pair
+from tests.helpers import Pair
+from tests.program import answer, line_with, refused, run, running, stop, succeed
+
+ROOT = Path(__file__).parents[2]
+RULES = ROOT / "deploy" / "prometheus-rules.yaml"
+DASHBOARD = ROOT / "deploy" / "grafana-dashboard.json"
+MANUAL = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+RUNBOOK = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+@pytest.fixture
+def link(pair: Pair) -> Pair:
+    installed(pair)
+    return pair
+
+
+def parsed(text: str) -> Samples:
+    return {
+        (sample.name.removeprefix("sync_pipeline_"), frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def value(samples: Samples, name: str, **labels: str) -> float:
+    return samples[name, frozenset(labels.items())]
+
+
+def scrape(line: str) -> Samples:
+    found = re.search(r"http://[\w.:]+/metrics", line)
+    assert found, line
+    with urllib.request.urlopen(found[0], timeout=60) as response:  # noqa: S310 - an address of this test
+        assert response.headers["Content-Type"].startswith("text/plain")
+        return parsed(response.read().decode())
+
+
+def rules() -> list[dict[str, Any]]:
+    (group,) = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
+    found: list[dict[str, Any]] = group["rules"]
+    return found
+
+
+def expressions() -> list[str]:
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    asked = [target["expr"] for panel in panels for target in panel["targets"]]
+    return [*asked, *(rule["expr"] for rule in rules())]
+
+
+def test_the_manual_lists_exactly_what_is_served(link: Pair) -> None:
+    link.crm.insert("accounts", id=1, name="one")
+    sync_pair(link)
+    config = config_of(link)
+    registry = metrics.registry(config)
+    metrics.Work(config, registry)
+    listed = re.findall(r"^\| `(sync_pipeline_\w+)` \| (\w+) \|(.*?)\|", MANUAL, re.MULTILINE)
+    assert len({name for name, _, _ in listed}) == len(listed)
+    documented = {
+        name: (kind, set(re.findall(r"\w+", labels.replace("`", ""))))
+        for name, kind, labels in listed
+    }
+    served = {
+        family.name + ("_total" if family.type == "counter" else ""): (
+            family.type,
+            {label for sample in family.samples for label in sample.labels} - {"le"},
+        )
+        for family in registry.collect()
+        if family.samples
+    }
+    assert documented == served
+
+
+def test_dashboard_and_rules_use_only_what_is_served() -> None:
+    listed = re.findall(r"^\| `(sync_pipeline_\w+)` \| (\w+)", MANUAL, re.MULTILINE)
+    known = {name for name, kind in listed if kind != "histogram"} | {
+        f"{name}_{part}"
+        for name, kind in listed
+        if kind == "histogram"
+        for part in ("bucket", "sum", "count")
+    }
+    used = {
+        name
+        for expression in expressions()
+        for name in re.findall(r"sync_pipeline_\w+", expression)
+    }
+    assert used <= known
+    # Each metric is worth a place; a histogram is drawn by its buckets.
+    assert {name for name in known if not name.endswith(("_sum", "_count"))} <= used
+    for expression in expressions():
+        assert all(expression.count(a) == expression.count(b) for a, b in ("()", "[]", "{}"))
+
+
+def test_every_alert_leads_to_a_section_of_the_runbook() -> None:
+    sections = re.findall(r"^## (.+)$", RUNBOOK, re.MULTILINE)
+    for rule in rules():
+        assert rule["annotations"]["runbook"] in sections, rule["alert"]
+        assert rule["annotations"]["summary"]
+        assert rule["labels"]["severity"] in {"warning", "critical"}
+
+
+def test_prometheus_itself_takes_the_rules_and_the_names(link: Pair) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not on the path; Debian's package is prometheus")
+    subprocess.run([promtool, "check", "rules", RULES], check=True, timeout=60)
+    config = config_of(link)
+    registry = metrics.registry(config)
+    metrics.Work(config, registry)
+    subprocess.run(
+        [promtool, "check", "metrics"], input=generate_latest(registry), check=True, timeout=60
+    )
+
+
+def test_the_exporter_says_what_both_nodes_hold_without_a_consumer(link: Pair) -> None:
+    link.billing.execute("alter table users add constraint adult check (age >= 18)")
+    link.crm.insert("accounts", id=1, name="one")
+    link.crm.insert("users", id=1, account_id=1, email="a@x.org", age=3)
+    sync_pair(link)
+    with running(link, "metrics", "--port", "0") as exporter:
+        line = line_with(exporter, "metrics: ")
+        link.billing.insert("accounts", id=2, name="two")
+        link.billing.execute(
+            "insert into sync.sync_events (table_name, record_id) values ('typo', '1')"
+        )
+        found = scrape(line)
+        assert stop(exporter) == 0
+    assert value(found, "up", node="crm") == value(found, "up", node="billing") == 1
+    assert value(found, "pending_events", node="billing", table="accounts") == 1
+    assert value(found, "pending_events", node="billing", table="other") == 1
+    assert value(found, "pending_events", node="crm", table="orders") == 0
+    assert value(found, "failed_records", node="crm", table="users", state="retrying") == 1
+    assert value(found, "lag_seconds", node="billing") > 0
+    assert value(found, "led", node="crm") == value(found, "paused", node="crm") == 0
+    assert value(found, "last_pass_timestamp_seconds", node="crm") > 1e9
+    assert not any(name.startswith("records") for name, _ in found)
+
+
+def test_a_node_that_is_down_does_not_hide_the_other_and_both_down_is_an_answer(link: Pair) -> None:
+    down = "postgresql://127.0.0.1:1/nothing"
+    one = parsed(run(link, "metrics", "--once", BILLING_DSN=down).stdout)
+    assert (value(one, "up", node="crm"), value(one, "up", node="billing")) == (1, 0)
+    assert ("lag_seconds", frozenset({("node", "billing")})) not in one
+    assert value(one, "lag_seconds", node="crm") == 0
+    none = run(link, "metrics", "--once", BILLING_DSN=down, CRM_DSN=down.replace(":1/", ":2/"))
+    assert none.returncode == 0
+    assert set(parsed(none.stdout).values()) == {0}
+
+
+def test_a_stream_serves_what_it_has_done(link: Pair) -> None:
+    with running(link, "stream", "--metrics-port", "0") as worker:
+        line = line_with(worker, "metrics: ")
+        line_with(worker, "leading")
+        before = scrape(line)
+        link.crm.insert("accounts", id=1, name="one")
+        link.crm.insert("accounts", id=2, name="two")
+        line_with(worker, "upserted")
+        found = scrape(line)
+        while value(found, "records_total", **to_billing, outcome="upserted") < 2:
+            line_with(worker, "upserted")
+            found = scrape(line)
+        assert stop(worker) == 0
+    assert value(before, "leading") == value(before, "led", node="billing") == 1
+    assert value(before, "records_total", **to_billing, outcome="upserted") == 0
+    assert value(found, "passes_total", source="crm", target="billing") >= 1
+    assert value(found, "pass_lag_seconds_count", source="crm", target="billing") >= 1
+    assert value(found, "interruptions_total") == 0
+    address = re.search(r"http://[\w.:]+", line)
+    assert address
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(address[0], timeout=10)  # noqa: S310 - as above
+
+
+to_billing = {"source": "crm", "target": "billing", "table": "accounts"}
+
+
+def test_metrics_are_printed_once_as_text_or_json(link: Pair) -> None:
+    text = succeed(link, "metrics", "--once")
+    assert "# TYPE sync_pipeline_up gauge" in text
+    document = answer(link, "metrics")
+    names = {family["name"] for family in document["metrics"]}
+    assert {"sync_pipeline_up", "sync_pipeline_captured_events"} <= names
+
+
+def test_a_port_that_is_taken_is_one_clear_message(link: Pair) -> None:
+    with metrics.served(CollectorRegistry(), "127.0.0.1", 0) as address:
+        port = address.split(":")[2].split("/")[0]
+        message = refused(link, "metrics", "--port", port)
+    assert message.startswith(f"cannot listen on 127.0.0.1:{port}: ")
