@@ -77,9 +77,8 @@ begin
         select {table}, {old_key}, 'delete', consumer
         from (select {key_columns} from old_rows) as old_rows;
     else
-        insert into {events} (table_name, record_id, event_type, caused_by)
-        select {table}, {old_key}, 'delete', consumer
-        from (select {key_columns} from {relation}) as old_rows;
+        -- By the name that the table has now: a renamed one can still be truncated.
+        execute {truncated} || format('%I.%I', tg_table_schema, tg_table_name) || ') as old_rows' using consumer;
     end if;
     return null;
 end
@@ -140,12 +139,22 @@ def compose(relation: Relation, schema: str) -> Capture:
             new, old = _text(type_name, new), _text(type_name, old)
         return sql.SQL("{} = {}").format(new, old)
 
+    truncated = (
+        sql.SQL(
+            "insert into {} (table_name, record_id, event_type, caused_by) "
+            "select {}, {}, 'delete', $1 from (select {} from "
+        )
+        .format(
+            sql.Identifier(schema, "sync_events"), relation.table, key_text("old_rows"), key_columns
+        )
+        .as_string(None)
+    )
     body = _BODY.format(
         applying=APPLYING,
         schema_name=schema,
         events=sql.Identifier(schema, "sync_events"),
         table=relation.table,
-        relation=sql.Identifier(relation.schema, relation.name),
+        truncated=truncated,
         new_key=key_text("new_rows"),
         old_key=key_text("old_rows"),
         new_row=whole("new_rows"),

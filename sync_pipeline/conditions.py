@@ -20,10 +20,13 @@ def fault(connection: Connection, schema: str, table: str, condition: str) -> st
     relation = sql.Identifier(schema, table).as_string(connection)
     for form in _FORMS:
         # Not `execute`: without parameters that runs several statements at once.
-        result = connection.pgconn.prepare(b"", form.format(relation, condition).encode())
+        with connection.lock:
+            result = connection.pgconn.prepare(b"", form.format(relation, condition).encode())
         if result.status == pq.ExecStatus.FATAL_ERROR:
             said = result.error_field(pq.DiagnosticField.MESSAGE_PRIMARY)
             return (said or b"it cannot be parsed").decode(errors="replace")
-    if connection.pgconn.describe_prepared(b"").nparams:
+    with connection.lock:
+        parameters = connection.pgconn.describe_prepared(b"").nparams
+    if parameters:
         return "it has a parameter such as $1"
     return None

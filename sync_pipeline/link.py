@@ -96,6 +96,11 @@ class Link:
             if waiting:
                 side.forget_floor()
 
+    def is_outdated(self, node: str, table: str) -> bool:
+        """True when the columns of a table are no longer those that the catalog had when it was read."""
+        found = catalog.read(self.config, self.writers, running=True).relations[node].get(table)
+        return found is None or found.columns != self.catalog.relation(node, table).columns
+
     def revive(self) -> None:
         """Retry what was set aside because its table was not synced, where it is now."""
         for name, side in self.sides.items():

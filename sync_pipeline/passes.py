@@ -187,6 +187,11 @@ class Pass:
         try:
             yield
         except ReadFailed as failure:
+            outdated = partial(self.link.is_outdated, self.source, failure.table)
+            if self._acknowledger.run(outdated):
+                raise CatalogMismatch(
+                    "its columns have changed", node=self.source, table=failure.table
+                ) from failure
             relation = self._catalog.relation(self.source, failure.table)
             moved = self._acknowledger.run(
                 partial(

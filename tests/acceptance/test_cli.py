@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer.main
 from psycopg.conninfo import make_conninfo
+from typer.testing import CliRunner
 
 from sync_pipeline.cli import app, main
 from tests.engine import installed, sync_pair
@@ -81,6 +82,23 @@ def test_help_ends_with_the_example() -> None:
     assert shown.strip().splitlines()[-1].strip() == (
         "Example: sync-pipeline replay users --node crm --key 42"
     )
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_can_learn_to_complete_commands(shell: str) -> None:
+    completed = CliRunner().invoke(
+        app,
+        [],
+        prog_name="sync-pipeline",
+        env={
+            "_SYNC_PIPELINE_COMPLETE": f"complete_{shell}",
+            "_TYPER_COMPLETE_ARGS": "sync-pipeline back",
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+            "COMP_WORDS": "sync-pipeline back",
+            "COMP_CWORD": "1",
+        },
+    )
+    assert "backfill" in completed.output
 
 
 def test_the_version_is_told(pair: Pair) -> None:

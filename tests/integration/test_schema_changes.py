@@ -222,3 +222,122 @@ def test_a_column_that_is_required_on_one_side_delays_records_until_the_other_ha
     sync_pair(pair)
     assert failures(pair.crm) == []
     assert equal(pair)
+
+
+def retry(node: Node) -> None:
+    node.execute("update sync.sync_failures set next_attempt_at = now()")
+
+
+def test_a_type_widened_on_the_source_first_delays_only_what_does_not_fit_yet(
+    pair: Pair, link: Link
+) -> None:
+    pair.crm.execute("alter table users alter column age type bigint")
+    pair.crm.execute("insert into users values (2, 1, 'b@x.org', 'too large', 3000000000)")
+    pair.crm.execute("insert into users values (3, 1, 'c@x.org', 'fits', 30)")
+    passes.run(link)
+    assert [row[0] for row in pair.billing.rows("users")] == [1, 3]
+    assert failures(pair.crm) == [("users", "2", "retrying", "22003")]
+    pair.billing.execute("alter table users alter column age type bigint")
+    installed(pair)
+    link.read_catalog()
+    retry(pair.crm)
+    passes.run(link)
+    assert failures(pair.crm) == []
+    assert equal(pair)
+
+
+def test_a_type_widened_on_the_target_first_is_no_news(pair: Pair, link: Link) -> None:
+    pair.billing.execute("alter table users alter column age type bigint")
+    pair.crm.execute("update users set age = 40")
+    # What a stream does: it connects anew, and so reads the catalogs again.
+    with pytest.raises(CatalogMismatch):
+        passes.run(link)
+    link.read_catalog()
+    passes.run(link)
+    pair.crm.execute("alter table users alter column age type bigint")
+    pair.crm.execute("update users set age = 3000000000")
+    passes.run(link)
+    assert equal(pair)
+
+
+def test_a_key_widened_on_one_side_and_then_on_the_other_loses_nothing(
+    pair: Pair, link: Link
+) -> None:
+    pair.crm.execute("alter table accounts alter column id type bigint")
+    pair.crm.execute("insert into accounts values (3000000000, 'large', null, null)")
+    pair.crm.execute("update accounts set name = 'two' where id = 1")
+    with pytest.raises(CatalogMismatch):
+        passes.run(link)
+    link.read_catalog()
+    passes.run(link)
+    assert pair.billing.value("select name from accounts where id = 1") == "two"
+    assert failures(pair.crm) == [("accounts", "3000000000", "retrying", "22003")]
+    pair.billing.execute("alter table accounts alter column id type bigint")
+    installed(pair)
+    link.read_catalog()
+    retry(pair.crm)
+    passes.run(link)
+    assert failures(pair.crm) == []
+    assert equal(pair)
+
+
+def test_a_label_of_an_enum_added_on_one_side_waits_for_the_other(pair: Pair) -> None:
+    for node in pair.nodes:
+        node.execute("create type mood as enum ('sad')")
+        node.execute("create table moods (id int primary key, mood mood)")
+    write_config(pair.config_path, ["moods"])
+    config = installed(pair)
+    with lead(config) as link:
+        pair.crm.execute("alter type mood add value 'happy'")
+        pair.crm.execute("insert into moods values (1, 'happy'), (2, 'sad')")
+        passes.run(link)
+        assert failures(pair.crm) == [("moods", "1", "retrying", "22P02")]
+        assert pair.billing.rows("moods") == [(2, "sad")]
+        pair.billing.execute("alter type mood add value 'happy'")
+        retry(pair.crm)
+        passes.run(link)
+    assert equal(pair, ("moods",))
+
+
+def test_a_column_that_both_have_is_synced_even_if_nobody_installs_again(
+    pair: Pair, link: Link
+) -> None:
+    for node in pair.nodes:
+        node.execute("alter table accounts add column city text not null default 'Ulm'")
+    pair.crm.execute("update accounts set city = 'Bonn'")
+    pair.billing.insert("accounts", id=2, name="two", city="Köln")
+    link.read_catalog()
+    passes.run(link)
+    assert equal(pair)
+
+
+def test_a_table_renamed_on_both_sides_waits_for_its_new_name_and_applications_work_on(
+    pair: Pair, link: Link
+) -> None:
+    pair.crm.execute("insert into orders values (1, 1, 10, null)")
+    for node in pair.nodes:
+        node.execute("alter table orders rename to purchases")
+    pair.crm.execute("truncate purchases")
+    pair.crm.execute("insert into purchases values (2, 1, 20, null)")
+    link.read_catalog()
+    pair.crm.execute("update accounts set name = 'two'")
+    passes.run(link)
+    assert equal(pair, ("accounts", "users"))
+    assert failures(pair.crm) == []
+    for side in link.sides.values():
+        side.writer.close()
+    named = {node.name: {"table": "purchases"} for node in pair.nodes}
+    write_config(pair.config_path, ["accounts", "users", {"name": "orders", **named}])
+    with lead(installed(pair)) as successor:
+        passes.run(successor)
+    assert pair.billing.rows("select id from purchases") == [(2,)]
+
+
+def test_a_column_dropped_while_rows_wait_is_left_out_of_them(pair: Pair, link: Link) -> None:
+    pair.crm.execute("update accounts set name = 'two', plan = 'large'")
+    for node in reversed(pair.nodes):
+        node.execute("alter table accounts drop column plan")
+    pair.billing.insert("accounts", id=2, name="new")
+    link.read_catalog()
+    passes.run(link)
+    assert equal(pair)
