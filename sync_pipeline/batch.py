@@ -327,8 +327,10 @@ class Batch:
                     self._lost[table] = self._lost.get(table, 0) + 1
 
     def _changes(self, table: str, record_ids: list[str]) -> dict[str, Change]:
-        # The first part of a table holds its events, if any; failures are looked at for every part.
-        return self.snapshot.changes(self.intake.of([table])[0], record_ids)
+        """Return what the source knows of some records of the batch: nothing of those that were brought along."""
+        parts = self.intake.of([table])
+        # The first part of a table holds its events, if it has any; the failures are looked at for each.
+        return self.snapshot.changes(parts[0], record_ids) if parts else {}
 
     # --- the end of a batch ---
 
