@@ -43,42 +43,49 @@ as {body};
 revoke all on function {function}() from public"""
 )
 
+# What runs for each statement of the application: measured by `benchmarks.capture`, and short for a reason. A key is
+# compared with null as a whole (`is distinct from`), since `is null` looks into a composite value. The variable is
+# named with its block: a table may have a column of that name.
 _BODY = sql.SQL(
     """
-#variable_conflict use_column
+<<capture>>
 declare
-    consumer xid8 := case when current_setting({applying}, true) = {schema_name} then pg_current_xact_id() end;
+    consumer xid8;
 begin
-    if consumer is not null and pg_trigger_depth() = 1 then
-        return null;
+    if current_setting({applying}, true) = {schema_name} then
+        if pg_trigger_depth() = 1 then
+            return null;
+        end if;
+        capture.consumer := pg_current_xact_id();
     end if;
     if tg_op = 'UPDATE' then
         insert into {events} (table_name, record_id, event_type, caused_by)
         select
             {table},
-            case when new_rows.marker then {new_key} else {old_key} end,
+            {either_key},
             case
-                when new_rows.marker and old_rows.marker then 'update'
-                when new_rows.marker then 'insert'
-                else 'delete'
+                when {old_rows_lack_it} then 'insert'
+                when {new_rows_lack_it} then 'delete'
+                else 'update'
             end,
-            consumer
-        from (select true as marker, {new_row} as whole, {key_columns} from new_rows) as new_rows
-        full join (select true as marker, {old_row} as whole, {key_columns} from old_rows) as old_rows
-            on {same_key}
-        where new_rows.marker is null or old_rows.marker is null
-            or new_rows.whole operator(pg_catalog.*<>) old_rows.whole;
+            capture.consumer
+        from new_rows
+        full join old_rows on {same_key}
+        where {new_rows_lack_it}
+            or {old_rows_lack_it}
+            or {new_row} operator(pg_catalog.*<>) {old_row};
     elsif tg_op = 'INSERT' then
         insert into {events} (table_name, record_id, event_type, caused_by)
-        select {table}, {new_key}, 'insert', consumer
-        from (select {key_columns} from new_rows) as new_rows;
+        select {table}, {new_key}, 'insert', capture.consumer
+        from new_rows;
     elsif tg_op = 'DELETE' then
         insert into {events} (table_name, record_id, event_type, caused_by)
-        select {table}, {old_key}, 'delete', consumer
-        from (select {key_columns} from old_rows) as old_rows;
+        select {table}, {old_key}, 'delete', capture.consumer
+        from old_rows;
     else
         -- By the name that the table has now: a renamed one can still be truncated.
-        execute {truncated} || format('%I.%I', tg_table_schema, tg_table_name) || ') as old_rows' using consumer;
+        execute {truncated} || format('%I.%I', tg_table_schema, tg_table_name) || ' as old_rows'
+        using capture.consumer;
     end if;
     return null;
 end
@@ -109,12 +116,7 @@ def compose(relation: Relation, schema: str) -> Capture:
     """Compose the capture of a relation. Writes straight to a partition are captured by triggers of its own."""
     name = function_name(relation.table)
     function = sql.Identifier(schema, name)
-    aliases = {field: sql.Identifier(f"c{index}") for index, field in enumerate(relation.key)}
-
-    key_columns = sql.SQL(", ").join(
-        sql.SQL("{} as {}").format(sql.Identifier(relation.columns[field].name), alias)
-        for field, alias in aliases.items()
-    )
+    columns = {field: sql.Identifier(relation.columns[field].name) for field in relation.key}
 
     def whole(rows: str) -> sql.Composed:
         # By name only the key, and as text what does not count: a column may be dropped before `install` knows of it.
@@ -125,28 +127,33 @@ def compose(relation: Relation, schema: str) -> Capture:
             sql.Identifier(rows), nothing
         )
 
-    def key_text(rows: str) -> sql.Composed:
-        parts = {field: sql.SQL(rows + ".{}").format(aliases[field]) for field in relation.key}
-        return record_id(relation, parts)
+    def key(rows: str) -> dict[str, sql.Composed]:
+        return {
+            field: sql.SQL("{}.{}").format(sql.Identifier(rows), column)
+            for field, column in columns.items()
+        }
+
+    new, old = key("new_rows"), key("old_rows")
 
     def same(field: str) -> sql.Composed:
-        new, old = (
-            sql.SQL(rows + ".{}").format(aliases[field]) for rows in ("new_rows", "old_rows")
-        )
+        values = new[field], old[field]
         type_name = relation.columns[field].type_name
         if type_name not in _COMPARABLE_TYPES:
             # The operator of an extension's type is not on the pinned search_path.
-            new, old = _text(type_name, new), _text(type_name, old)
-        return sql.SQL("{} = {}").format(new, old)
+            values = _text(type_name, new[field]), _text(type_name, old[field])
+        return sql.SQL("{} = {}").format(*values)
 
+    def lacks(rows: dict[str, sql.Composed]) -> sql.Composed:
+        return sql.SQL("{} is not distinct from null").format(rows[relation.key[0]])
+
+    either = {
+        field: sql.SQL("coalesce({}, {})").format(new[field], old[field]) for field in relation.key
+    }
     truncated = (
         sql.SQL(
-            "insert into {} (table_name, record_id, event_type, caused_by) "
-            "select {}, {}, 'delete', $1 from (select {} from "
+            "insert into {} (table_name, record_id, event_type, caused_by) select {}, {}, 'delete', $1 from "
         )
-        .format(
-            sql.Identifier(schema, "sync_events"), relation.table, key_text("old_rows"), key_columns
-        )
+        .format(sql.Identifier(schema, "sync_events"), relation.table, record_id(relation, old))
         .as_string(None)
     )
     body = _BODY.format(
@@ -155,11 +162,13 @@ def compose(relation: Relation, schema: str) -> Capture:
         events=sql.Identifier(schema, "sync_events"),
         table=relation.table,
         truncated=truncated,
-        new_key=key_text("new_rows"),
-        old_key=key_text("old_rows"),
+        new_key=record_id(relation, new),
+        old_key=record_id(relation, old),
+        either_key=record_id(relation, either),
+        new_rows_lack_it=lacks(new),
+        old_rows_lack_it=lacks(old),
         new_row=whole("new_rows"),
         old_row=whole("old_rows"),
-        key_columns=key_columns,
         same_key=sql.SQL(" and ").join(map(same, relation.key)),
     ).as_string(None)
     plain = all(relation.columns[field].type_name in _PLAIN_TYPES for field in relation.key)
