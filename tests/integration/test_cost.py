@@ -19,6 +19,7 @@ FEW = 10
 MANY = 2_000
 BATCH = MANY // 10
 ROUND_TRIPS_PER_BATCH = 30
+ROUND_TRIPS_PER_TABLE = 4
 # The rows here are about 40 bytes, each index entry 16; with the headers of WAL records, and some for what runs beside.
 SOURCE_WAL_BYTES_PER_EVENT = 90
 TARGET_WAL_BYTES_PER_EVENT = 300
@@ -202,6 +203,28 @@ def test_every_batch_of_a_large_backlog_takes_as_many_round_trips(pair: Pair) ->
             round_trips[batches] = sum(counts["round trip"] for counts in counted.values())
 
     assert round_trips[8] - round_trips[4] <= 4 * ROUND_TRIPS_PER_BATCH
+
+
+@needs_trace()
+def test_a_table_more_in_a_batch_costs_few_round_trips(pair: Pair, warm_link: Link) -> None:
+    for node, statement in (
+        (pair.crm, "insert into users (id, account_id, email) values (1, 1, 'a@b')"),
+        (pair.crm, "insert into orders (id, user_id, amount) values (1, 1, 1)"),
+    ):
+        node.execute(statement)
+        consume(warm_link)
+    round_trips = []
+    for tables in ("accounts",), ("accounts", "users", "orders"):
+        with pair.crm.connection.transaction():
+            for table in tables:
+                column = "note" if table == "orders" else "name"
+                pair.crm.execute(f"update {table} set {column} = %s where id = 1", str(tables))
+        with traced(warm_link) as counted:
+            reports = passes.run(warm_link)
+        assert sum(report.total.upserted for report in reports) == len(tables)
+        round_trips.append(sum(counts["round trip"] for counts in counted.values()))
+
+    assert (round_trips[1] - round_trips[0]) / 2 <= ROUND_TRIPS_PER_TABLE
 
 
 def test_each_changed_row_is_written_once_on_the_target(pair: Pair, link: Link) -> None:
