@@ -81,7 +81,9 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
                     for number in range(max(options.rounds, RESTS))
                 ]
                 steady = _trickle(databases, arrivals, options.of(STEADY_CHANGES))
-            idle = _idle(databases, consumer, options)
+            # What autovacuum writes is not ours.
+            with arena.without_autovacuum():
+                idle = _idle(databases, consumer, options)
             consumer.finish()
     steady.sort()
     return [

@@ -36,9 +36,9 @@ def backlog(points: Sequence[Sequence[float]]) -> XY:
 def sustained(points: Sequence[Sequence[float]]) -> XY:
     """The age of the oldest event over time."""
     picture = chart(
-        "Lag under one million changes a minute",
+        "Age of the oldest event under one million changes a minute",
         x_title="seconds since the load began",
-        y_title="age of the oldest event, seconds",
+        y_title="seconds",
         x_value_formatter=lambda x: f"{x:,.0f}",
         range=(0, max(1.0, 1.1 * max(lag for _, lag, _ in points))),
         show_dots=False,
