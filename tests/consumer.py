@@ -48,6 +48,7 @@ class Consumer:
         self._link: Link | None = None
         self._backends: dict[str, list[int]] = {}
         self._pass: Generator[str, None, None] | None = None
+        self._has_died = False
 
     @property
     def is_leading(self) -> bool:
@@ -73,14 +74,14 @@ class Consumer:
         """Take the next step of a pass; tell which it was: "crm fetched", "crm parents written", "crm done"…, "over".
 
         A `PassInterrupted` ends the consumer's life, as it ends the `with` block of the engine's own loop. With a
-        point of DEATHS the consumer dies there, and `Died` is raised, if the step comes to it.
+        point of DEATHS the consumer dies there, and `Died` is raised, if the step comes to it: by this step, or by the
+        next one, where the thread that acknowledges met the point after this one had ended.
         """
-        died = False
 
         def die() -> None:
-            nonlocal died
-            died = True
-            shut_sockets(self.link)
+            self._has_died = True
+            if self._link is not None:
+                shut_sockets(self._link)
             raise Died
 
         try:
@@ -91,12 +92,16 @@ class Consumer:
                     exits.enter_context(POINTS[death].struck_by(die))
                 taken = next(self._pass)
         except BaseException as error:
-            if died:
+            if self._has_died:
                 # Another thread of the engine may have been the first to meet a dead connection.
                 self.die()
                 raise Died from error
             self.close()
             raise
+        if self._has_died:
+            # The thread that acknowledges met the point, and this one had nothing to wait for any more.
+            self.die()
+            raise Died
         if taken == "over":
             self._pass = None
         return taken
@@ -137,6 +142,7 @@ class Consumer:
         with suppress(psycopg.Error, PassInterrupted, Died):
             self._life.close()
         self._life = ExitStack()
+        self._has_died = False
 
 
 def shut_sockets(link: Link) -> None:

@@ -128,8 +128,8 @@ class Machine(RuleBasedStateMachine):
         try:
             taken = self.consumer.step(death)
         except Died:
-            assert death is not None
-            self.died(before.split(maxsplit=1)[0], death)
+            if death is not None:
+                self.died(before.split(maxsplit=1)[0], death)
             return "died"
         except PassInterrupted:
             assert self.may_be_interrupted()
