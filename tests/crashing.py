@@ -1,6 +1,9 @@
-"""Faults at named points of a pass; `python -m tests.crashing POINT` is a consumer that kills itself there.
+"""Faults at named points of a pass.
 
-A point is the call of one function of the engine: a fault strikes before it or after it. Nothing else is different.
+`python -m tests.crashing POINT SOURCE SIGNAL` is a consumer that sends itself a signal there: SIGKILL or SIGSTOP.
+
+A point is the call of one function of the engine: a fault strikes before it or after it, in the direction that was
+asked for. Nothing else is different.
 """
 
 import os
@@ -27,15 +30,15 @@ class Point:
     name: str
 
     @contextmanager
-    def struck_by(self, fault: Callable[[], None], *, turn: int = 1) -> Iterator[None]:
-        """Let a fault strike once, when the point is reached for the `turn`-th time in a `with` block."""
+    def struck_by(self, fault: Callable[[], None], *, source: str | None = None) -> Iterator[None]:
+        """Let a fault strike once in a `with` block: when the direction from `source`, or any, first comes here."""
         original = getattr(self.owner, self.name)
-        left = turn
+        has_struck = False
 
         def strike() -> None:
-            nonlocal left
-            left -= 1
-            if left == 0:
+            nonlocal has_struck
+            if not has_struck and (source is None or source in running):
+                has_struck = True
                 fault()
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -46,8 +49,22 @@ class Point:
                 strike()
             return result
 
-        with mock.patch.object(self.owner, self.name, wrapped):
+        with _noted_directions() as running, mock.patch.object(self.owner, self.name, wrapped):
             yield
+
+
+@contextmanager
+def _noted_directions() -> Iterator[list[str]]:
+    """Yield the source of the direction that runs; one runs at a time, in whatever threads."""
+    running: list[str] = []
+    enter = Pass.__enter__
+
+    def entered(one: Pass) -> Pass:
+        running[:] = [one.source]
+        return enter(one)
+
+    with mock.patch.object(Pass, "__enter__", entered):
+        yield running
 
 
 POINTS = {
@@ -64,11 +81,7 @@ POINTS = {
 }
 
 
-def die() -> None:
-    """End this process as nothing can prevent."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    with POINTS[sys.argv[1]].struck_by(die):
+    number = signal.Signals[sys.argv[3]]
+    with POINTS[sys.argv[1]].struck_by(lambda: os.kill(os.getpid(), number), source=sys.argv[2]):
         stream.sync(load())

@@ -11,12 +11,12 @@ import pytest
 
 from sync_pipeline import stream
 from sync_pipeline.config import Config
-from sync_pipeline.errors import ConnectionFailed, PassInterrupted
+from sync_pipeline.errors import PassInterrupted
 from sync_pipeline.servers import Server
+from tests.bookkeeping import assert_each_write_had_its_effect_once, go_on, keep_books, work
 from tests.crashing import POINTS
 from tests.engine import installed
 from tests.helpers import NODES, Cluster, Node, Pair, write_config
-from tests.integration.test_crashes import REVISIONS, settled, work
 
 CONNECTIONS = [("crm", "writer"), ("crm", "reader"), ("billing", "writer"), ("billing", "reader")]
 
@@ -48,12 +48,9 @@ def durable_pair(durable_clusters: list[Cluster], tmp_path: Path) -> Iterator[Pa
 
 
 def prepared(pair: Pair) -> Config:
-    """Install on tables that count the application's own writes, and do the first work."""
-    for node in pair.nodes:
-        node.execute(REVISIONS)
-    config = installed(pair)
-    work(pair, range(10, 20))
-    return config
+    """Install on tables that keep books."""
+    keep_books(pair)
+    return installed(pair)
 
 
 def reconnected(pair: Pair) -> Pair:
@@ -64,68 +61,55 @@ def reconnected(pair: Pair) -> Pair:
     return Pair(crm, billing, pair.config_path)
 
 
-def go_on(pair: Pair, first: int = 10) -> None:
-    """What the applications do before anybody recovers: newer changes to records that were in hand."""
-    pair.crm.execute("update users set name = 'after the fault' where id = %s", first + 2)
-    pair.crm.execute("delete from users where id = %s", first + 4)
-    pair.crm.execute(
-        "insert into users values (%s, %s, %s)", first + 4, first + 3, f"{first}@again"
-    )
-    pair.billing.execute("update users set name = 'after the fault' where id = %s", first + 1002)
-    pair.billing.execute("delete from accounts where id = %s", first + 1008)
-
-
-def check(pair: Pair, first: int = 10) -> None:
-    """Equal, no conflict, nothing left; and the counter shows that each write had its effect once."""
-    settled(pair)
-    changed = ("after the fault", 2)
-    for node in pair.nodes:
-        assert node.rows(
-            "select name, revision from users where id in (%s, %s)", first + 2, first + 1002
-        ) == [changed, changed]
-        assert node.rows("select email from users where id = %s", first + 4) == [
-            (f"{first}@again",)
-        ]
-        assert node.rows("select * from accounts where id = %s", first + 1008) == []
-
-
-@pytest.mark.parametrize("victim", ["source", "target"])
+@pytest.mark.parametrize("victim", NODES)
 @pytest.mark.parametrize("point", POINTS)
 def test_a_server_stops_without_warning(durable_pair: Pair, point: str, victim: str) -> None:
+    """As the source of one direction and the target of the other; it comes back, and the same consumer goes on."""
     config = prepared(durable_pair)
-    node = durable_pair.crm
-    # The first direction of the pass reads crm, the second one writes it.
-    turn = 1 if victim == "source" else 2
-    with (
-        POINTS[point].struck_by(lambda: node.server.stop("immediate"), turn=turn),
-        pytest.raises((PassInterrupted, ConnectionFailed)),
-    ):
-        stream.sync(config)
-    assert not node.server.is_running
-    node.server.start()
-    pair = reconnected(durable_pair)
+    pair = durable_pair
+    server = getattr(pair, victim).server
+    for first, source in zip((10, 20), NODES, strict=True):
+        work(pair, first)
+        interruptions: list[Exception] = []
+
+        def interrupted(error: Exception, _: float) -> None:
+            nonlocal pair
+            interruptions.append(error)  # noqa: B023
+            if not server.is_running:
+                server.start()
+                pair = reconnected(pair)
+                go_on(pair, first)  # noqa: B023
+
+        with POINTS[point].struck_by(lambda: server.stop("immediate"), source=source):
+            stream.sync(config, stream.Listener(interrupted=interrupted))
+        assert interruptions, "nobody noticed"
     with closing(pair.crm), closing(pair.billing):
-        go_on(pair)
-        check(pair)
+        assert_each_write_had_its_effect_once(pair, 10, 20)
 
 
 @pytest.mark.parametrize("batch_size", [10_000, 7], ids=["one batch", "many batches"])
 @pytest.mark.parametrize("point", POINTS)
 def test_a_connection_is_cut(pair: Pair, point: str, batch_size: int) -> None:
+    """Each of the four, in each direction."""
     write_config(pair.config_path, batch_size=batch_size)
     config = prepared(pair)
-    for first, (node, role) in zip(range(10, 50, 10), CONNECTIONS, strict=True):
-        if first > 10:
-            work(pair, range(first, first + 10))
+    cuts = [(source, *connection) for source in NODES for connection in CONNECTIONS]
+    firsts = range(10, 10 + 10 * len(cuts), 10)
+    for first, (source, node, role) in zip(firsts, cuts, strict=True):
+        work(pair, first)
         cut: list[int] = []
+
+        def strike() -> None:
+            cut.extend(terminate(getattr(pair, node), role))  # noqa: B023
+            go_on(pair, first)  # noqa: B023
+
         interruptions: list[Exception] = []
         listener = stream.Listener(interrupted=lambda error, _: interruptions.append(error))  # noqa: B023
-        with POINTS[point].struck_by(lambda: cut.extend(terminate(getattr(pair, node), role))):  # noqa: B023
+        with POINTS[point].struck_by(strike, source=source):
             stream.sync(config, listener)
         assert len(cut) == 1
         assert all(isinstance(error, PassInterrupted) for error in interruptions)
-        go_on(pair, first)
-        check(pair, first)
+    assert_each_write_had_its_effect_once(pair, *firsts)
 
 
 def terminate(node: Node, role: str) -> list[int]:
