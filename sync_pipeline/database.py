@@ -8,6 +8,7 @@ from typing import Any, Literal, LiteralString, Self, cast
 import psycopg
 from psycopg import sql
 from psycopg.abc import Params
+from psycopg.conninfo import make_conninfo
 from psycopg.rows import Row
 
 from sync_pipeline.config import Config, NodeConfig
@@ -38,12 +39,17 @@ _SESSION = {
     # A policy that hides rows would look like deletes: fail instead.
     "row_security": "off",
     "jit": "off",
-    "tcp_keepalives_idle": "10",
-    "tcp_keepalives_interval": "5",
-    "tcp_keepalives_count": "4",
-    "tcp_user_timeout": "30000",
     "client_connection_check_interval": "500",
     "idle_session_timeout": "0",
+}
+
+# How long either end believes in a peer that says nothing. Keepalives alone are not enough: they rest while something
+# that was sent is not acknowledged, and then Linux would go on trying for a quarter of an hour.
+_PATIENCE = {
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 30_000,
 }
 
 ErrorClass = Literal["transient", "catalog", "data"]
@@ -86,14 +92,11 @@ def connect(node: NodeConfig, config: Config, role: str) -> Connection:
     """Open a connection with the pipeline's session settings. Raises `ConnectionFailed`, without any secret."""
     try:
         connection = psycopg.connect(
-            node.dsn.get_secret_value(),
+            make_conninfo(node.dsn.get_secret_value(), **_PATIENCE),
             autocommit=True,
             cursor_factory=_Cursor,
             connect_timeout=CONNECT_TIMEOUT_SECONDS,
             application_name=f"sync-pipeline {config.schema_name} {role}",
-            keepalives_idle=10,
-            keepalives_interval=5,
-            keepalives_count=4,
         )
     except psycopg.Error as error:
         if _splits_a_password(node):
@@ -110,6 +113,7 @@ def connect(node: NodeConfig, config: Config, role: str) -> Connection:
             remedy="check the dsn, the network and pg_hba.conf",
         ) from cause
     settings = _SESSION | {
+        **{f"tcp_{name.removeprefix('tcp_')}": str(value) for name, value in _PATIENCE.items()},
         "lock_timeout": f"{int(config.lock_timeout_seconds * 1000)}",
         "statement_timeout": f"{int(config.statement_timeout_seconds * 1000)}",
         "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_SECONDS * 1000}",
