@@ -129,6 +129,8 @@ class Cluster:
         self._admin.execute(f"create database {TEMPLATE}".encode())
         with psycopg.connect(server.dsn(TEMPLATE)) as connection:
             connection.execute(SCHEMA.encode())
+            # As PostgreSQL 15 and newer have it.
+            connection.execute("revoke create on schema public from public")
         self._admin.execute(f"alter database {TEMPLATE} allow_connections false".encode())
 
     def clone(self) -> str:

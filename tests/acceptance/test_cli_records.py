@@ -259,7 +259,7 @@ def test_an_interrupted_backfill_says_how_to_go_on(filled: Pair) -> None:
     )
     message = refused(filled, "backfill", "--from", "crm", "--chunk", "1")
     assert "sync-pipeline backfill --from crm accounts users orders --after 2\n" in message
-    assert "crm: stumbled" in message
+    assert "crm: raise exception (SQLSTATE P0001)" in message
     assert filled.crm.rows("select record_id from sync.sync_events order by id") == [("1",), ("2",)]
 
 
