@@ -25,6 +25,7 @@ DASHBOARD = ROOT / "deploy" / "grafana-dashboard.json"
 MANUAL = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 RUNBOOK = (ROOT / "docs" / "runbook.md").read_text(encoding="utf-8")
 
+NODE = ', node="crm"'
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
@@ -127,6 +128,77 @@ def test_prometheus_itself_takes_the_rules_and_the_names(link: Pair) -> None:
     metrics.Work(config, registry)
     subprocess.run(
         [promtool, "check", "metrics"], input=generate_latest(registry), check=True, timeout=60
+    )
+
+
+def firing(directory: Path, expected: set[str], **series: str) -> None:
+    """Let promtool say that exactly these alerts fire after 90 minutes of such values."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not on the path; Debian's package is prometheus")
+    labels = {
+        "pending_events": ', node="crm", table="t"',
+        "failed_records": ', node="crm", table="t", state="dead"',
+        "interruptions_total": "",
+        "clock_difference_seconds": "",
+    }
+    test = {
+        "interval": "1m",
+        "input_series": [
+            {
+                "series": f'sync_pipeline_{name}{{link="l", instance="i"{labels.get(name, NODE)}}}',
+                "values": f"{values}x100",
+            }
+            for name, values in series.items()
+        ],
+        "promql_expr_test": [
+            {
+                "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
+                "eval_time": "90m",
+                "exp_samples": [
+                    {"labels": f'{{alertname="{name}"}}', "value": 1} for name in sorted(expected)
+                ],
+            }
+        ],
+    }
+    file = directory / "rules_test.yaml"
+    document = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": [test]}
+    file.write_text(yaml.safe_dump(document), encoding="utf-8")
+    subprocess.run([promtool, "test", "rules", file], check=True, timeout=60)
+
+
+def test_every_alert_fires_in_its_trouble_and_none_without(tmp_path: Path) -> None:
+    alerts = {rule["alert"] for rule in rules()}
+    firing(tmp_path, {"SyncPipelineAbsent"}, captured_events_total="0+1")
+    # Nobody leads while nothing is paused; the other alerts do not ask each other.
+    firing(
+        tmp_path,
+        alerts - {"SyncPipelineAbsent", "SyncPipelinePaused"},
+        up="0",
+        lag_seconds="0+60",
+        pending_events="0+6000",
+        led="0",
+        paused="0",
+        failed_records="3",
+        conflicts_held="1",
+        conflicts_last_day="200",
+        interruptions_total="0+5",
+        clock_difference_seconds="-9",
+    )
+    firing(tmp_path, {"SyncPipelinePaused"}, up="1", led="0", paused="1")
+    firing(
+        tmp_path,
+        set(),
+        up="1",
+        lag_seconds="0.2",
+        pending_events="12",
+        led="1",
+        paused="0",
+        failed_records="0",
+        conflicts_held="0",
+        conflicts_last_day="2",
+        interruptions_total="3",
+        clock_difference_seconds="0.01",
     )
 
 
