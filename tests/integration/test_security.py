@@ -95,7 +95,7 @@ def test_capture_does_not_meet_what_lies_in_the_temporary_schema(hostile: Pair) 
     with session(hostile.crm, APPLICATION) as application:
         for name in ("sync_events", "new_rows", "old_rows", "accounts_"):
             application.execute(f"create temporary table {name} (id int, record_id text)".encode())
-        application.execute("create domain pg_temp.text as varchar(1)")
+        application.execute("create domain pg_temp.text as varchar check (false)")
         application.execute("create domain pg_temp.integer as int check (false)")
         write_everything(application)
         assert application.execute("select count(*) from pg_temp.sync_events").fetchone() == (0,)
