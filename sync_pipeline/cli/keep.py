@@ -331,7 +331,7 @@ def _progress(tables: int) -> Iterator[Callable[[str, int], None] | None]:
         task = progress.add_task("comparing", total=tables)
 
         def advance(table: str, rows: int) -> None:
-            progress.console.print(show.printable(f"{table}: {rows:,} rows compared"))
+            progress.console.print(show.printable(f"{table}: {show.counted(rows, 'row')} compared"))
             progress.advance(task)
 
         yield advance

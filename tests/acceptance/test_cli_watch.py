@@ -6,7 +6,8 @@ import re
 import select
 import subprocess
 import termios
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -116,25 +117,9 @@ def test_watch_fits_a_terminal_of_80_columns(link: Pair) -> None:
     link.crm.insert("users", id=1, account_id=1, email="a@x.org", age=3)
     sync_pair(link)
     link.crm.insert("accounts", id=2, name="two")
-    master, slave = pty.openpty()
-    termios.tcsetwinsize(slave, (24, 80))
-    try:
-        with subprocess.Popen(
-            [*PROGRAM, "status", "--watch", "--config", str(link.config_path)],
-            env=variables(link),
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-        ) as watching:
-            try:
-                screen = _read_until(master, "Ctrl-C ends it")
-                assert stop(watching) == 0
-            finally:
-                if watching.poll() is None:
-                    watching.kill()
-    finally:
-        os.close(slave)
-        os.close(master)
+    with on_a_terminal(link, "status", "--watch") as (watching, terminal):
+        screen = _read_until(terminal, "Ctrl-C ends it")
+        assert stop(watching) == 0
     lines = [line.rstrip() for line in ESCAPES.sub("", screen).splitlines()]
     assert max(map(len, lines)) <= 80
     assert any("pending" in line and "1" in line and "0" in line for line in lines)
@@ -142,6 +127,18 @@ def test_watch_fits_a_terminal_of_80_columns(link: Pair) -> None:
     assert any("events a second" in line for line in lines)
     assert any("last error" in line and "23514 users" in line for line in lines)
     assert len([line for line in lines if line]) <= 24
+
+
+def test_backfill_and_verify_show_bars_on_a_terminal(link: Pair) -> None:
+    link.crm.insert("accounts", id=1, name="one")
+    with on_a_terminal(link, "backfill", "--from", "crm") as (_, terminal):
+        drawn = _read_until(terminal, "1 record marked")
+    assert re.search(r"accounts .*━.*1/1", ESCAPES.sub("", drawn))
+    sync_pair(link)
+    with on_a_terminal(link, "verify") as (_, terminal):
+        drawn = _read_until(terminal, "both sides are equal")
+    assert "accounts: 1 row compared" in drawn
+    assert re.search(r"comparing .*━.*3/3", ESCAPES.sub("", drawn))
 
 
 def test_pending_shows_the_oldest_events_and_whether_their_rows_exist(link: Pair) -> None:
@@ -196,6 +193,29 @@ def mark(node: Node, table: str, record_id: str) -> None:
     node.execute(
         "insert into sync.sync_events (table_name, record_id) values (%s, %s)", table, record_id
     )
+
+
+@contextmanager
+def on_a_terminal(link: Pair, *arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """Run a command on a terminal of 80 columns for a `with` block; whatever is left of it at the end is killed."""
+    master, slave = pty.openpty()
+    termios.tcsetwinsize(slave, (24, 80))
+    try:
+        with subprocess.Popen(
+            [*PROGRAM, *arguments, "--config", str(link.config_path)],
+            env=variables(link),
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+        ) as process:
+            try:
+                yield process, master
+            finally:
+                if process.poll() is None:
+                    process.kill()
+    finally:
+        os.close(slave)
+        os.close(master)
 
 
 def _read_until(terminal: int, text: str) -> str:
