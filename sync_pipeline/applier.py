@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, LiteralString
 
 import psycopg
 from psycopg import sql
 
 from sync_pipeline.catalog import Catalog
-from sync_pipeline.database import Connection
+from sync_pipeline.database import Connection, compiled
 from sync_pipeline.records import Counts, Failure
 from sync_pipeline.snapshot import Part
 from sync_pipeline.statements import Expected, TableStatements
@@ -47,6 +47,9 @@ class Applier:
         self.node = node
         self._generation = generation
         self._statements: dict[tuple[str, bool], TableStatements] = {}
+        self._compiled: dict[
+            tuple[Phase, tuple[tuple[str, bool, Expected], ...]], LiteralString
+        ] = {}
         # The staging tables of this session, and how many batches have not needed each.
         self._created: dict[str, int] = {}
         self._textual: set[str] = set()
@@ -76,9 +79,9 @@ class Applier:
         wanted = self._with_ancestors(tables)
         self._textual = wanted if textual else set()
         needed = [self.statements(table) for table in wanted]
-        for statements in needed:
-            if statements.stage_name not in self._created:
-                self.connection.execute(statements.create_stage)
+        if missing := [each for each in needed if each.stage_name not in self._created]:
+            # In one transaction: the end of each empties all staging tables that there are.
+            self.connection.execute(sql.SQL("; ").join(each.create_stage for each in missing))
         self._created = {name: idle + 1 for name, idle in self._created.items()}
         self._created |= dict.fromkeys((statements.stage_name for statements in needed), 0)
         # Each commit empties every staging table, whether it was used or not.
@@ -162,23 +165,9 @@ class Applier:
         self, step: Step, counts: dict[str, Counts], span: tuple[int, int] | None = None
     ) -> None:
         """Execute a step for the records numbered in `span`, or all; raises what PostgreSQL raises."""
-        parts: list[sql.Composed] = []
-        columns: list[sql.Composed] = []
-        for number, table in enumerate(step.tables):
-            statements = self.statements(table)
-            if step.phase == "upsert":
-                expressions, count = statements.upsert(number, self._expected(table))
-            else:
-                expressions, count = statements.delete(number)
-            parts += expressions
-            columns.append(count)
         first, last = span or self.numbers(step.tables)
         row = self.connection.execute(
-            sql.SQL("with {} select {}").format(
-                sql.SQL(", ").join(parts), sql.SQL(", ").join(columns)
-            ),
-            {"first": first, "last": last},
-            prepare=False,
+            self._statement(step), {"first": first, "last": last}, prepare=False
         ).fetchone()
         for table, written in zip(step.tables, row or (), strict=True):
             entry = counts.setdefault(table, Counts())
@@ -186,6 +175,29 @@ class Applier:
                 entry.upserted += written
             else:
                 entry.deleted += written
+
+    def _statement(self, step: Step) -> LiteralString:
+        kinds = tuple(
+            (table, table in self._textual, self._expected(table)) for table in step.tables
+        )
+        if (step.phase, kinds) not in self._compiled:
+            parts: list[sql.Composed] = []
+            columns: list[sql.Composed] = []
+            for number, (table, _, expected) in enumerate(kinds):
+                statements = self.statements(table)
+                expressions, count = (
+                    statements.upsert(number, expected)
+                    if step.phase == "upsert"
+                    else statements.delete(number)
+                )
+                parts += expressions
+                columns.append(count)
+            self._compiled[step.phase, kinds] = compiled(
+                sql.SQL("with {} select {}").format(
+                    sql.SQL(", ").join(parts), sql.SQL(", ").join(columns)
+                )
+            )
+        return self._compiled[step.phase, kinds]
 
     def _expected(self, table: str) -> Expected:
         if not self.expect_new:

@@ -76,8 +76,13 @@ class _Cursor(psycopg.Cursor[Row]):
         binary: bool | None = None,
     ) -> Self:
         if params is not None and isinstance(query, sql.Composed):
-            query = sql.Composed([_escaped(part) for part in query])
+            query = compiled(query)
         return super().execute(query, params, prepare=prepare, binary=binary)
+
+
+def compiled(statement: sql.Composed) -> LiteralString:
+    """Return a composed statement with parameters as it is sent, to be kept where it is executed again and again."""
+    return query(sql.Composed([_escaped(part) for part in statement]).as_bytes(None))
 
 
 def _escaped(part: sql.Composable) -> sql.Composable:

@@ -66,6 +66,9 @@ class Relation:
     # Columns that are never carried, whatever the other node has: excluded or generated ones.
     uncarried: tuple[str, ...] = ()
 
+    def __hash__(self) -> int:
+        return hash((self.table, self.node, self.oid))
+
     @property
     def fields(self) -> tuple[str, ...]:
         """The fields that are carried, key first."""

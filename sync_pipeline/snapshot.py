@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import IO, Any
+from functools import lru_cache
+from typing import IO, Any, LiteralString
 
 import psycopg
 from psycopg import generators, pq, sql
@@ -15,7 +16,7 @@ from psycopg.rows import class_row
 from psycopg.waiting import Wait
 
 from sync_pipeline import queries
-from sync_pipeline.database import Connection, error_class, query, scalar
+from sync_pipeline.database import Connection, Statement, compiled, error_class, query, scalar
 from sync_pipeline.records import Moment, Relation
 
 ROWS_IN_MEMORY_BYTES = 8 * 1024 * 1024
@@ -175,9 +176,16 @@ class Snapshot:
 
     def read_rows(self, part: Part, first_number: int) -> None:
         """Read the current rows of a part's records into `part.rows`, numbered from `first_number`, in key order."""
-        statement = self._rows_query(self._relations[part.table], part, first_number)
+        statement = _rows(self._relations[part.table], self._schema, of_events=not part.retried)
+        parameters = {
+            "first": first_number,
+            "table_name": part.table,
+            "first_id": part.first_id,
+            "last_id": part.last_id,
+            "record_ids": list(part.retried),
+        }
         try:
-            self._fill(part, statement, first_number)
+            self._fill(part, statement, first_number, parameters)
         except psycopg.Error as error:
             if error_class(error) == "data":
                 raise ReadFailed(part.table) from error
@@ -236,12 +244,18 @@ class Snapshot:
     def _query(self, name: str) -> Any:
         return query(queries.get(name, self._schema))
 
-    def _fill(self, part: Part, statement: sql.Composed, first_number: int) -> None:
+    def _fill(
+        self,
+        part: Part,
+        statement: Statement,
+        first_number: int,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> None:
         rows = tempfile.SpooledTemporaryFile(max_size=ROWS_IN_MEMORY_BYTES)  # noqa: SIM115 - the part owns it
         number = first_number
         try:
             with self._lock:
-                for chunk, count in copy_out(self._connection, statement):
+                for chunk, count in copy_out(self._connection, statement, parameters):
                     rows.write(chunk)
                     number += count
         except BaseException:
@@ -249,48 +263,6 @@ class Snapshot:
             raise
         rows.seek(0)
         part.rows, part.first_number, part.last_number = rows, first_number, number - 1
-
-    def _rows_query(self, relation: Relation, part: Part, first_number: int) -> sql.Composed:
-        key_columns = [relation.columns[name] for name in relation.key]
-        keys = [sql.Identifier(f"key {index}") for index in range(len(key_columns))]
-        if len(keys) == 1:
-            casts = [sql.SQL("record_id::" + key_columns[0].type_name)]
-        else:
-            casts = [
-                sql.SQL(f"(record_id::jsonb ->> {index})::{column.type_name}")
-                for index, column in enumerate(key_columns)
-            ]
-        if part.retried:
-            changed = sql.SQL("unnest({}::text[]) as record_id").format(list(part.retried))
-        else:
-            changed = sql.SQL("{} where id between {} and {} and table_name = {}").format(
-                sql.Identifier(self._schema, "sync_events"),
-                part.first_id,
-                part.last_id,
-                part.table,
-            )
-        return sql.SQL(
-            """copy (
-    select {first} + row_number() over (order by {keys}) - 1, t.tableoid is not null, {columns}
-    from (select distinct {casts} from {changed}) as changed
-    left join {relation} as t on {same_key}
-    where t.tableoid is null or ({condition})
-) to stdout"""
-        ).format(
-            first=first_number,
-            keys=sql.SQL(", ").join(sql.SQL("changed.{}").format(key) for key in keys),
-            columns=_columns(relation, "t", keys),
-            casts=sql.SQL(", ").join(
-                sql.SQL("{} as {}").format(cast, key) for cast, key in zip(casts, keys, strict=True)
-            ),
-            changed=changed,
-            relation=sql.Identifier(relation.schema, relation.name),
-            same_key=sql.SQL(" and ").join(
-                sql.SQL("t.{} = changed.{}").format(sql.Identifier(column.name), key)
-                for column, key in zip(key_columns, keys, strict=True)
-            ),
-            condition=sql.SQL(relation.where or "true"),
-        )
 
 
 @contextmanager
@@ -308,12 +280,56 @@ def opened(
         yield Snapshot(connection, schema, relations, moment)
 
 
-def copy_out(connection: Connection, statement: sql.Composed) -> Iterator[tuple[bytes, int]]:
+@lru_cache(maxsize=1024)
+def _rows(relation: Relation, schema: str, *, of_events: bool) -> LiteralString:
+    """Compose the COPY of the current rows of records: those of a table's events, or given ones."""
+    key_columns = [relation.columns[name] for name in relation.key]
+    keys = [sql.Identifier(f"key {index}") for index in range(len(key_columns))]
+    if len(keys) == 1:
+        casts = [sql.SQL("record_id::" + key_columns[0].type_name)]
+    else:
+        casts = [
+            sql.SQL(f"(record_id::jsonb ->> {index})::{column.type_name}")
+            for index, column in enumerate(key_columns)
+        ]
+    changed = sql.SQL("unnest(%(record_ids)s::text[]) as record_id").format()
+    if of_events:
+        changed = sql.SQL(
+            "{} where id between %(first_id)s and %(last_id)s and table_name = %(table_name)s"
+        ).format(sql.Identifier(schema, "sync_events"))
+    return compiled(
+        sql.SQL(
+            """copy (
+    select %(first)s + row_number() over (order by {keys}) - 1, t.tableoid is not null, {columns}
+    from (select distinct {casts} from {changed}) as changed
+    left join {relation} as t on {same_key}
+    where t.tableoid is null or ({condition})
+) to stdout"""
+        ).format(
+            keys=sql.SQL(", ").join(sql.SQL("changed.{}").format(key) for key in keys),
+            columns=_columns(relation, "t", keys),
+            casts=sql.SQL(", ").join(
+                sql.SQL("{} as {}").format(cast, key) for cast, key in zip(casts, keys, strict=True)
+            ),
+            changed=changed,
+            relation=sql.Identifier(relation.schema, relation.name),
+            same_key=sql.SQL(" and ").join(
+                sql.SQL("t.{} = changed.{}").format(sql.Identifier(column.name), key)
+                for column, key in zip(key_columns, keys, strict=True)
+            ),
+            condition=sql.SQL((relation.where or "true").replace("%", "%%")),
+        )
+    )
+
+
+def copy_out(
+    connection: Connection, statement: Statement, parameters: Mapping[str, Any] | None = None
+) -> Iterator[tuple[bytes, int]]:
     """Yield the rows of a COPY … TO STDOUT in chunks: (text of some rows, how many).
 
     `Copy.read` of psycopg waits anew for each row, which costs more than the row does; this waits for a chunk.
     """
-    with connection.cursor().copy(statement):
+    with connection.cursor().copy(statement, parameters):
         while rows := connection.wait(_chunk(connection.pgconn)):
             yield b"".join(rows), len(rows)
 
