@@ -59,6 +59,8 @@ class Batch:
         self._failures: list[Failure] = []
         self._conflicts: dict[str, int] = {}
         self._lost: dict[str, int] = {}
+        # How many records to be deleted stay, by table, in this savepoint.
+        self._kept: dict[str, int] = {}
         # Rows with greater numbers were brought along: they have no events in this batch.
         self._last_number = self.intake.last_number
 
@@ -231,6 +233,7 @@ class Batch:
         self._connection.execute("release savepoint batch")
         self._done = []
         self._parked = {}
+        self._kept = {}
         self.counts = {}
 
     def _savepoint(self) -> None:
@@ -243,26 +246,36 @@ class Batch:
         if step.phase != "delete":
             return
         applier = self.applier
-        for table in step.tables:
-            if table not in applier.catalog.referenced:
-                continue
-            parent = applier.statements(table)
-            self._connection.execute(parent.lock_gone)
-            for child_table in applier.catalog.tables:
-                child = applier.statements(child_table)
-                for key in applier.catalog.relation(self.target, child_table).foreign_keys:
-                    if key.parent != table:
-                        continue
-                    together = child_table in step.tables and child_table in applier.staged
-                    kept = self._connection.execute(
-                        parent.still_referenced(child, key, child_is_staged=together)
-                    ).fetchall()
-                    if kept and not self._gathered:
-                        raise _ChildrenLeftError
-                    if kept:
-                        self._keep_parents(table, kept, child_table)
+        guarded = [table for table in step.tables if table in applier.catalog.referenced]
+        for table in guarded:
+            self._connection.execute(applier.statements(table).lock_gone)
+        # A parent that stays refers to parents itself: those may be among the records of this very step.
+        while any(self._keep_referenced(step, table) for table in guarded):
+            pass
 
-    def _keep_parents(self, table: str, kept: list[tuple[int, str]], child: str) -> None:
+    def _keep_referenced(self, step: Step, table: str) -> bool:
+        applier = self.applier
+        parent = applier.statements(table)
+        found = False
+        for child_table in applier.catalog.tables:
+            child = applier.statements(child_table)
+            together = child_table in step.tables and child_table in applier.staged
+            for key in applier.catalog.relation(self.target, child_table).foreign_keys:
+                if key.parent != table:
+                    continue
+                kept = self._connection.execute(
+                    parent.still_referenced(child, key, child_is_staged=together)
+                ).fetchall()
+                if kept and not self._gathered:
+                    raise _ChildrenLeftError
+                if kept:
+                    self._keep_parents(table, kept, child_table, child_is_staged=together)
+                    found = True
+        return found
+
+    def _keep_parents(
+        self, table: str, kept: list[tuple[int, str]], child: str, *, child_is_staged: bool
+    ) -> None:
         applier = self.applier
         numbers = [number for number, _ in kept]
         if self._parked.get(table, set()).intersection(numbers):
@@ -286,11 +299,15 @@ class Batch:
         for key in applier.catalog.relation(self.target, child).foreign_keys:
             if key.parent == table:
                 self._connection.execute(
-                    parent.mark_children(applier.statements(child), key, self._schema),
+                    parent.mark_children(
+                        applier.statements(child),
+                        key,
+                        self._schema,
+                        child_is_staged=child_is_staged,
+                    ),
                     {"numbers": numbers},
                 )
-        self._conflicts[table] = self._conflicts.get(table, 0) + len(kept)
-        self._lost[table] = self._lost.get(table, 0) + len(kept)
+        self._kept[table] = self._kept.get(table, 0) + len(kept)
         applier.unstage(numbers, table)
 
     # --- conflicts ---
@@ -375,12 +392,13 @@ class Batch:
         for part in self.intake.parts:
             entry = self.counts.setdefault(part.table, Counts())
             entry.failed += sum(1 for f in self._failures if f.table_name == part.table)
-        for table, number in self._conflicts.items():
+        for table, number in [*self._conflicts.items(), *self._kept.items()]:
             self.counts.setdefault(table, Counts()).conflicts += number
         staged: dict[str, int] = {}
         for part in self.intake.parts:
             staged[part.table] = staged.get(part.table, 0) + part.count
         for table, number in staged.items():
             entry = self.counts[table]
-            written = entry.upserted + entry.deleted + entry.failed + self._lost.get(table, 0)
+            lost = self._lost.get(table, 0) + self._kept.get(table, 0)
+            written = entry.upserted + entry.deleted + entry.failed + lost
             entry.unchanged = max(0, number - written)

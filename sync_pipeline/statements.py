@@ -245,17 +245,7 @@ class TableStatements:
             sql.SQL("c.{} = t.{}").format(child.column(mine), self.column(theirs))
             for mine, theirs in zip(key.fields, key.parent_fields, strict=True)
         )
-        going: sql.Composable = sql.SQL("")
-        if child_is_staged:
-            going = sql.SQL(
-                " and not exists (select from {} as g where not g.present and {})"
-            ).format(
-                child.stage,
-                sql.SQL(" and ").join(
-                    sql.SQL("c.{} = {}").format(child.column(field), child.staged(field, "g"))
-                    for field in child.relation.key
-                ),
-            )
+        going = _not_going(child) if child_is_staged else sql.SQL("")
         return sql.SQL(
             "select s.n, {record_id} from {stage} as s join {target} as t on {same_key} "
             "where not s.present and exists (select from {child} as c where {reference}{going}) order by s.n"
@@ -307,15 +297,18 @@ class TableStatements:
             table=child.relation.table,
         )
 
-    def mark_children(self, child: "TableStatements", key: ForeignKey, schema: str) -> sql.Composed:
-        """Mark the rows of `child` that refer to some staged records, so that they are sent from here."""
+    def mark_children(
+        self, child: "TableStatements", key: ForeignKey, schema: str, *, child_is_staged: bool
+    ) -> sql.Composed:
+        """Mark the rows of `child` that refer to some staged records and stay, so that they are sent from here."""
         return sql.SQL(
             "insert into {events} (table_name, record_id, event_type) "
             "select {table}, {record_id}, 'insert' from {child} as c "
             "join {target} as t on {reference} join {stage} as s on {same_key} "
-            "where {among}"
+            "where {among}{going}"
         ).format(
             among=AMONG,
+            going=_not_going(child) if child_is_staged else sql.SQL(""),
             events=sql.Identifier(schema, "sync_events"),
             table=child.relation.table,
             record_id=record_id(
@@ -443,3 +436,14 @@ class TableStatements:
         return sql.SQL("(select pg_catalog.to_jsonb(fields) from (select {}) as fields)").format(
             fields
         )
+
+
+def _not_going(child: TableStatements) -> sql.Composed:
+    """True, after an `and`, when the child `c` is not about to be deleted itself."""
+    return sql.SQL(" and not exists (select from {} as g where not g.present and {})").format(
+        child.stage,
+        sql.SQL(" and ").join(
+            sql.SQL("c.{} = {}").format(child.column(field), child.staged(field, "g"))
+            for field in child.relation.key
+        ),
+    )

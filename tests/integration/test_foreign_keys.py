@@ -301,6 +301,62 @@ def test_a_missing_parent_that_nobody_marked_is_brought_along(pair: Pair) -> Non
     assert texts(pair.billing, "grandparents") == ["(1)"]
 
 
+@pytest.mark.parametrize("batch_size", [2, 1000])
+@pytest.mark.parametrize("action", ["", "on delete cascade"])
+def test_a_branch_deleted_here_and_grown_there_stays_down_to_its_new_leaf(
+    pair: Pair, action: str, batch_size: int
+) -> None:
+    link(
+        pair,
+        f"create table nodes (id int primary key, up int references nodes {action}, word text)",
+        "nodes",
+        batch_size=batch_size,
+    )
+    pair.crm.execute(
+        "insert into nodes select n, nullif(n - 1, 0), 'x' from generate_series(1, 9) as n"
+    )
+    converge(pair, "nodes")
+    pair.crm.execute("delete from nodes where id >= 4")
+    pair.billing.execute("insert into nodes values (100, 7, 'leaf'), (101, 100, 'leaf')")
+    converge(pair, "nodes")
+    # 8 and 9 carry nothing new.
+    numbers = [row[0] for row in pair.crm.rows("nodes")]
+    assert numbers == [1, 2, 3, 4, 5, 6, 7, 100, 101]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 1000])
+def test_a_ring_of_two_tables_that_forbid_null_travels_and_a_part_of_it_can_be_kept(
+    pair: Pair, batch_size: int
+) -> None:
+    link(
+        pair,
+        """create table a (id int primary key, b int not null, word text);
+        create table b (id int primary key,
+            a int not null references a deferrable initially deferred);
+        alter table a add foreign key (b) references b deferrable initially deferred""",
+        "a",
+        "b",
+        batch_size=batch_size,
+    )
+    with pair.crm.connect(autocommit=False) as session:
+        session.execute("insert into a select n, n, 'x' from generate_series(1, 8) as n")
+        session.execute("insert into b select n, n % 8 + 1 from generate_series(1, 8) as n")
+    converge(pair, "a", "b")
+    with pair.billing.connect(autocommit=False) as session:
+        session.execute("delete from a where id <= 4; delete from b where id <= 4")
+        session.execute("update a set b = 5 where id = 5; update b set a = 5 where id = 8")
+        session.execute("insert into a values (20, 21, 'y'), (21, 20, 'y')")
+        session.execute("insert into b values (20, 20), (21, 21)")
+    converge(pair, "a", "b")
+    with pair.crm.connect(autocommit=False) as session:
+        session.execute("delete from a; delete from b")
+    pair.billing.execute("update a set word = 'kept' where id = 20")
+    converge(pair, "a", "b")
+    # The later change wins, and with it comes back what it refers to.
+    assert texts(pair.crm, "a") == ["(20,21,kept)", "(21,20,y)"]
+    assert texts(pair.crm, "b") == ["(20,20)", "(21,21)"]
+
+
 @pytest.mark.core
 def test_random_work_on_a_tree_below_a_cycle_converges(pair: Pair) -> None:
     link(
