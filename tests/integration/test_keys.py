@@ -2,6 +2,8 @@
 
 import pytest
 
+from sync_pipeline import operate
+from sync_pipeline.database import connected
 from sync_pipeline.errors import CatalogMismatch
 from tests.engine import installed, sync_pair, totals
 from tests.helpers import Pair, write_config
@@ -264,6 +266,30 @@ def test_an_event_whose_key_is_no_key_is_set_aside_and_the_others_go_on(pair: Pa
         ("pairs", '[null, "y"]', "22P02"),
         ("pairs", "{", "22P02"),
     ]
+
+
+def test_keys_of_the_applications_own_types_are_told_from_what_is_no_key(pair: Pair) -> None:
+    config = link(
+        pair,
+        """create schema shop; create type shop.mood as enum ('calm', 'wild');
+        create domain shop.positive as int check (value > 0);
+        create table moods (k shop.mood, n shop.positive, word text, primary key (k, n))""",
+        "moods",
+    )
+    pair.crm.execute("insert into moods values ('calm', 1, 'x'), ('wild', 2, 'x')")
+    pair.crm.execute(
+        """insert into sync.sync_events (table_name, record_id)
+        values ('moods', '["sad", "1"]'), ('moods', '["calm", "one"]')"""
+    )
+    sync_pair(pair)
+    assert [row[1] for row in failures(pair.crm)] == ['["calm", "one"]', '["sad", "1"]']
+    assert texts(pair.billing, "moods") == ["(calm,1,x)", "(wild,2,x)"]
+    pair.crm.execute("delete from sync.sync_failures")
+    with connected(config.first, config, "t") as one, connected(config.second, config, "t") as two:
+        again = operate.Replay(record_ids=['["calm", "1"]'])
+        connections = {"crm": one, "billing": two}
+        assert operate.replay(config, connections, "moods", "crm", again) == 1
+    converge(pair, "moods")
 
 
 @pytest.mark.xfail(
