@@ -32,9 +32,13 @@ select
                 'generated', attribute.attgenerated <> '',
                 'identity', attribute.attidentity::text,
                 'default', attribute.atthasdef,
-                'deterministic', coalesce(
-                    (select collisdeterministic from pg_catalog.pg_collation where oid = attribute.attcollation),
-                    true
+                'collation', (
+                    select pg_catalog.quote_ident(collation_namespace.nspname)
+                        || '.' || pg_catalog.quote_ident(loose.collname)
+                    from pg_catalog.pg_collation as loose
+                    join pg_catalog.pg_namespace as collation_namespace
+                        on collation_namespace.oid = loose.collnamespace
+                    where loose.oid = attribute.attcollation and not loose.collisdeterministic
                 )
             ) order by attribute.attnum
         ), '[]')
@@ -552,9 +556,10 @@ where table_name = %(table_name)s and record_id = any (%(record_ids)s::text[])
 -- name: hold_records
 -- Move the target's own events of held records to its failures: both nodes keep their row until an operator decides.
 with moved as (
-    delete from {schema}.sync_events
-    where id = any (%(ids)s::bigint[])
-    returning record_id, event_type, created_at
+    delete from {schema}.sync_events as event
+    using unnest(%(ids)s::bigint[], %(record_ids)s::text[]) as given (id, record_id)
+    where event.id = given.id
+    returning given.record_id, event.event_type, event.created_at
 )
 insert into {schema}.sync_failures as failure
     (table_name, record_id, state, next_attempt_at, error_class, error, event_type, changed_at)

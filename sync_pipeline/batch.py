@@ -346,8 +346,7 @@ class Batch:
     def _changes(self, table: str, record_ids: list[str]) -> dict[str, Change]:
         """Return what the source knows of some records of the batch: nothing of those that were brought along."""
         parts = self.intake.of([table])
-        # The first part of a table holds its events, if it has any; the failures are looked at for each.
-        return self.snapshot.changes(parts[0], record_ids) if parts else {}
+        return self.snapshot.changes_of_keys(parts, record_ids) if parts else {}
 
     # --- the end of a batch ---
 

@@ -27,7 +27,8 @@ SAME_WHEN_EQUAL = _PLAIN_TYPES - {"numeric", "bpchar"} | {
     "date", "timestamp without time zone", "timestamp with time zone", "time without time zone",
     "time with time zone", "bytea", "money", "pg_lsn", "xid8",
 }  # fmt: skip
-_COMPARABLE_TYPES = _PLAIN_TYPES | SAME_WHEN_EQUAL | {"real", "double precision", "interval"}
+_ONE_TEXT = SAME_WHEN_EQUAL | {"numeric", "bpchar", "real", "double precision"}
+_COMPARABLE_TYPES = _PLAIN_TYPES | SAME_WHEN_EQUAL | {"real", "double precision"}
 _TEXT_SETTINGS = sql.SQL(
     "\nset datestyle = 'ISO, YMD'\nset timezone = 'UTC'\nset intervalstyle = 'postgres'"
     "\nset bytea_output = 'hex'\nset extra_float_digits = 1\nset lc_monetary = 'C'"
@@ -139,8 +140,14 @@ def compose(relation: Relation, schema: str) -> Capture:
         values = new[field], old[field]
         type_name = relation.columns[field].type_name
         if type_name not in _COMPARABLE_TYPES:
-            # The operator of an extension's type is not on the pinned search_path.
+            # The operator of an extension's type is not on the pinned search_path. Where a key has several texts, both
+            # the old one and the new one are marked.
             values = _text(type_name, new[field]), _text(type_name, old[field])
+        elif not relation.columns[field].collation_is_deterministic:
+            values = (
+                sql.SQL('{} collate "C"').format(new[field]),
+                sql.SQL('{} collate "C"').format(old[field]),
+            )
         return sql.SQL("{} = {}").format(*values)
 
     def lacks(rows: dict[str, sql.Composed]) -> sql.Composed:
@@ -234,13 +241,41 @@ def record_id(relation: Relation, parts: dict[str, sql.Composed]) -> sql.Compose
     return sql.SQL("pg_catalog.jsonb_build_array({})::text").format(sql.SQL(", ").join(texts))
 
 
+def has_one_text(relation: Relation) -> bool:
+    """True when equal keys of a relation always have one text: not so for `interval`, `jsonb`, `numeric[]`."""
+    return all(
+        (column.type_name in _ONE_TEXT or _is_citext(column.type_name))
+        and (column.collation_is_deterministic or _is_citext(column.type_name))
+        for column in (relation.columns[field] for field in relation.key)
+    )
+
+
+def key_values(relation: Relation, text: sql.Composable) -> list[sql.Composed]:
+    """Compose the values of a key from the text of a record_id; an error where it is none."""
+    columns = [relation.columns[field] for field in relation.key]
+    parts: list[sql.Composable] = [text]
+    if len(columns) > 1:
+        parts = [sql.SQL(f"(({{}})::jsonb ->> {n})").format(text) for n in range(len(columns))]
+    return [
+        sql.SQL(
+            f"({{}})::{column.type_name}"
+            + (f" collate {column.collation}" if column.collation else "")
+        ).format(part)
+        for column, part in zip(columns, parts, strict=True)
+    ]
+
+
+def _is_citext(type_name: str) -> bool:
+    return type_name.rsplit(".", maxsplit=1)[-1] == "citext"
+
+
 def _text(type_name: str, value: sql.Composed) -> sql.Composed:
     # Equal values have one text: 1.0 and 1.00, -0 and 0, a citext in any case.
     if type_name == "numeric":
         return sql.SQL("pg_catalog.trim_scale({})::text").format(value)
     if type_name in {"real", "double precision"}:
         return sql.SQL("({} + 0)::text").format(value)
-    if type_name.rsplit(".", maxsplit=1)[-1] == "citext":
+    if _is_citext(type_name):
         return sql.SQL("pg_catalog.lower({}::text)").format(value)
     return sql.SQL("{}::text").format(value)
 

@@ -245,7 +245,7 @@ def _columns(
             generated=column["generated"],
             identity=column["identity"],
             has_default=column["default"],
-            collation_is_deterministic=column["deterministic"],
+            collation=column["collation"],
         )
     return columns
 

@@ -5,7 +5,7 @@ knowledge of the source's change, whatever the clocks say.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
@@ -14,6 +14,7 @@ from psycopg.rows import class_row
 
 from sync_pipeline import queries
 from sync_pipeline.applier import Applier
+from sync_pipeline.capture import has_one_text, key_values
 from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, query, scalar
 from sync_pipeline.records import Failure
@@ -39,6 +40,8 @@ class Dirty:
     changed_at: datetime
     inserted: bool
     event_ids: list[int]
+    # Its key as the target's failures spell it.
+    failed_as: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,10 @@ def settle(
             )
             connection.execute(
                 query(queries.get("delete_failures", schema)),
-                {"table_name": table, "record_ids": [item.record_id for item in cleared]},
+                {
+                    "table_name": table,
+                    "record_ids": [text for item in cleared for text in item.failed_as],
+                },
             )
         undecided = [d.dirty for d in mine if not d.equal and d.winner is None]
         if undecided:
@@ -143,6 +149,7 @@ def settle(
                 query(queries.get("hold_records", schema)),
                 {
                     "ids": [event for item in undecided for event in item.event_ids],
+                    "record_ids": [item.record_id for item in undecided for _ in item.event_ids],
                     "table_name": table,
                     "error_class": HELD,
                     "error": f"changed on both nodes; see sync_conflicts on {target}",
@@ -223,9 +230,27 @@ def _winner(
 
 
 def _find(statements: TableStatements, schema: str) -> sql.Composed:
+    relation = statements.relation
+    keys = [sql.Identifier(f"key {index}") for index in range(len(relation.key))]
+    if has_one_text(relation):
+        key_columns: sql.Composable = sql.SQL("")
+        same_record: sql.Composable = sql.SQL("pending.record_id = staged.record_id")
+    else:
+        # Two texts can be one key: compare values. Whatever is no key is nobody's.
+        key_columns = sql.SQL("").join(
+            sql.SQL(", case when {} then {} end as {}").format(
+                statements.is_key(sql.SQL("waiting.record_id"), schema), value, key
+            )
+            for value, key in zip(
+                key_values(relation, sql.SQL("waiting.record_id")), keys, strict=True
+            )
+        )
+        same_record = sql.SQL(" and ").join(
+            sql.SQL("pending.{0} = staged.{0}").format(key) for key in keys
+        )
     return sql.SQL(
         """
-with pending as (
+with waiting as (
     select record_id, created_at as changed_at, event_type, id as event_id
     from {events}
     where table_name = {table}
@@ -235,24 +260,32 @@ with pending as (
     select record_id, changed_at, event_type, null
     from {failures}
     where table_name = {table}
-)
+),
+pending as (select waiting.*{key_columns} from waiting)
 select
     {table} as "table",
     staged.n as number,
-    pending.record_id,
+    staged.record_id,
     max(pending.changed_at) as changed_at,
     bool_or(pending.event_type = 'insert') as inserted,
-    coalesce(array_agg(pending.event_id) filter (where pending.event_id is not null), '{{}}') as event_ids
-from (select s.n, {record_id} as record_id from {stage} as s) as staged
-join pending on pending.record_id = staged.record_id
-group by staged.n, pending.record_id
+    coalesce(array_agg(pending.event_id) filter (where pending.event_id is not null), '{{}}') as event_ids,
+    coalesce(array_agg(pending.record_id) filter (where pending.event_id is null), '{{}}') as failed_as
+from (select s.n, {record_id} as record_id, {staged_keys} from {stage} as s) as staged
+join pending on {same_record}
+group by staged.n, staged.record_id
 order by staged.n"""
     ).format(
         events=sql.Identifier(schema, "sync_events"),
         failures=sql.Identifier(schema, "sync_failures"),
-        table=statements.relation.table,
+        table=relation.table,
+        key_columns=key_columns,
         record_id=statements.record_id(),
+        staged_keys=sql.SQL(", ").join(
+            sql.SQL("{} as {}").format(statements.staged(field_), key)
+            for field_, key in zip(relation.key, keys, strict=True)
+        ),
         stage=statements.stage,
+        same_record=same_record,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from sync_pipeline import queries
-from sync_pipeline.capture import record_id
+from sync_pipeline.capture import key_values, record_id
 from sync_pipeline.database import Connection, query, scalar
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.records import Column, Relation
@@ -65,7 +65,9 @@ def existing(
         same_key=sql.SQL(" and ").join(
             sql.SQL("t.{} = {}").format(sql.Identifier(column.name), value)
             for column, value in zip(
-                _key_columns(relation), _typed(relation, sql.SQL("given.record_id")), strict=True
+                _key_columns(relation),
+                key_values(relation, sql.SQL("given.record_id")),
+                strict=True,
             )
         ),
     )
@@ -98,7 +100,9 @@ order by {order}"""
         first_column=sql.Identifier(columns[0].name),
         keys=sql.SQL(", ").join(
             sql.SQL("{} as {}").format(value, name)
-            for value, name in zip(_typed(relation, sql.SQL("given.record_id")), names, strict=True)
+            for value, name in zip(
+                key_values(relation, sql.SQL("given.record_id")), names, strict=True
+            )
         ),
         ids=list(record_ids),
         relation=sql.Identifier(relation.schema, relation.name),
@@ -187,19 +191,8 @@ def _beyond(relation: Relation, after: str | None) -> sql.Composed:
         return sql.SQL("true").format()
     return sql.SQL("({}) > ({})").format(
         _keys_of_row(relation),
-        sql.SQL(", ").join(_typed(relation, sql.SQL("{}::text").format(after))),
+        sql.SQL(", ").join(key_values(relation, sql.SQL("{}::text").format(after))),
     )
-
-
-def _typed(relation: Relation, text: sql.Composable) -> list[sql.Composed]:
-    """Compose the values of a key from the text of a record_id."""
-    columns = _key_columns(relation)
-    if len(columns) == 1:
-        return [sql.SQL("({})::" + columns[0].type_name).format(text)]
-    return [
-        sql.SQL(f"(({{}})::jsonb ->> {index})::{column.type_name}").format(text)
-        for index, column in enumerate(columns)
-    ]
 
 
 def _key_columns(relation: Relation) -> list[Column]:

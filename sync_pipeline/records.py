@@ -30,7 +30,13 @@ class Column:
     generated: bool
     identity: str
     has_default: bool
-    collation_is_deterministic: bool = True
+    # Named only where texts that are not the same can be equal by it.
+    collation: str | None = None
+
+    @property
+    def collation_is_deterministic(self) -> bool:
+        """True when equal texts are the same."""
+        return self.collation is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from psycopg.rows import class_row
 from psycopg.waiting import Wait
 
 from sync_pipeline import queries
+from sync_pipeline.capture import has_one_text, key_values
 from sync_pipeline.database import Connection, Statement, compiled, error_class, query, scalar
 from sync_pipeline.records import Moment, Relation
 
@@ -241,6 +242,24 @@ class Snapshot:
             )
             return {row.record_id: row for row in rows}
 
+    def changes_of_keys(self, parts: Sequence[Part], record_ids: list[str]) -> dict[str, Change]:
+        """As `changes`, for the parts of one table; also where an event spells the key in another way.
+
+        By hand, or because equal values of its type have several texts.
+        """
+        # The first part holds the table's events, if any; failures are looked at for every part.
+        found = self.changes(parts[0], record_ids)
+        wanted = [record_id for record_id in record_ids if record_id not in found]
+        if not has_one_text(self._relations[parts[0].table]):
+            wanted = record_ids
+        if wanted:
+            with self._lock, self._connection.cursor(row_factory=class_row(Change)) as cursor:
+                found |= {
+                    row.record_id: row
+                    for row in cursor.execute(self._changes_by_value(parts, wanted))
+                }
+        return found
+
     def _query(self, name: str) -> Any:
         return query(queries.get(name, self._schema))
 
@@ -264,6 +283,51 @@ class Snapshot:
         rows.seek(0)
         part.rows, part.first_number, part.last_number = rows, first_number, number - 1
 
+    def _changes_by_value(self, parts: Sequence[Part], record_ids: list[str]) -> sql.Composed:
+        relation = self._relations[parts[0].table]
+        keys = [sql.Identifier(f"key {index}") for index in range(len(relation.key))]
+
+        def named(text: str) -> sql.Composed:
+            values = key_values(relation, sql.SQL(text))
+            return sql.SQL(", ").join(
+                sql.SQL("{} as {}").format(value, key)
+                for value, key in zip(values, keys, strict=True)
+            )
+
+        return sql.SQL(
+            """
+select
+    given.record_id,
+    max(changes.changed_at) as changed_at,
+    bool_or(changes.event_type = 'insert') as inserted,
+    pg_catalog.range_agg(changes.ids)::text as ids
+from (select record_id, {given} from unnest({record_ids}::text[]) as asked (record_id)) as given
+join (
+    select {changed}, created_at as changed_at, event_type, pg_catalog.int8range(id, id, '[]') as ids
+    from {events} as event
+    where id between {first_id} and {last_id} and table_name = {table}
+    union all
+    select {failed}, changed_at, event_type, null
+    from {failures} as failure
+    where table_name = {table} and record_id = any ({retried}::text[])
+) as changes on {same_key}
+group by given.record_id"""
+        ).format(
+            given=named("record_id"),
+            record_ids=record_ids,
+            changed=named("event.record_id"),
+            events=sql.Identifier(self._schema, "sync_events"),
+            first_id=parts[0].first_id,
+            last_id=parts[0].last_id,
+            failed=named("failure.record_id"),
+            failures=sql.Identifier(self._schema, "sync_failures"),
+            table=parts[0].table,
+            retried=[record_id for part in parts for record_id in part.retried],
+            same_key=sql.SQL(" and ").join(
+                sql.SQL("given.{0} = changes.{0}").format(key) for key in keys
+            ),
+        )
+
 
 @contextmanager
 def opened(
@@ -285,13 +349,7 @@ def _rows(relation: Relation, schema: str, *, of_events: bool) -> LiteralString:
     """Compose the COPY of the current rows of records: those of a table's events, or given ones."""
     key_columns = [relation.columns[name] for name in relation.key]
     keys = [sql.Identifier(f"key {index}") for index in range(len(key_columns))]
-    if len(keys) == 1:
-        casts = [sql.SQL("record_id::" + key_columns[0].type_name)]
-    else:
-        casts = [
-            sql.SQL(f"(record_id::jsonb ->> {index})::{column.type_name}")
-            for index, column in enumerate(key_columns)
-        ]
+    casts = key_values(relation, sql.SQL("record_id"))
     changed = sql.SQL("unnest(%(record_ids)s::text[]) as record_id").format()
     if of_events:
         changed = sql.SQL(

@@ -389,3 +389,25 @@ def test_xml_and_the_types_of_extensions_travel(extended: Pair) -> None:
         "BOB",
         "EVE",
     ]
+
+
+def test_keys_that_a_collation_finds_equal_are_one_record(extended: Pair) -> None:
+    pair = extended
+    link(
+        pair,
+        """create collation loose (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+        create table words (k text collate loose primary key, word text)""",
+        {"name": "words", "conflict": "billing"},
+    )
+    pair.crm.execute("insert into words values ('One', 'crm'), ('Two', 'x'), ('Three', 'x')")
+    pair.billing.execute("insert into words values ('ONE', 'billing')")
+    converge(pair, "words")
+    assert texts(pair.crm, "words") == ["(ONE,billing)", "(Three,x)", "(Two,x)"]
+    pair.crm.execute("update words set k = 'TWO', word = 'crm' where k = 'two'")
+    pair.crm.execute("update words set k = 'two' where k = 'two'")
+    pair.billing.execute("update words set word = 'billing' where k = 'two'")
+    pair.crm.execute("delete from words where k = 'three'")
+    converge(pair, "words")
+    assert texts(pair.crm, "words") == ["(ONE,billing)", "(Two,billing)"]
+    kinds = pair.billing.rows("select kind from sync.sync_conflicts order by id")
+    assert kinds == [("insert_insert",), ("update_update",)]
