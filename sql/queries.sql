@@ -154,8 +154,55 @@ where class.relkind in ('r', 'p')
 order by namespace.nspname, class.relname
 
 -- name: read_unique_indexes
--- The unique indexes of a table that are checked at once: what they hold and which columns they are made of.
+-- The unique and excluding indexes of a table: what each holds, which columns it is made of, whether it is checked at once.
+with made_of as (
+    -- A generated column stands for the columns that it is computed from.
+    select
+        index.indexrelid,
+        array_agg(distinct coalesce(base.attname, attribute.attname)::text) as columns,
+        pg_catalog.jsonb_object_agg(
+            attribute.attname, pg_catalog.pg_get_expr(attrdef.adbin, attrdef.adrelid)
+        ) filter (where attribute.attgenerated <> '') as generated
+    from pg_catalog.pg_index as index
+    join pg_catalog.pg_attribute as attribute
+        on attribute.attrelid = index.indrelid and attribute.attnum > 0 and not attribute.attisdropped
+    left join pg_catalog.pg_attrdef as attrdef
+        on attrdef.adrelid = attribute.attrelid
+        and attrdef.adnum = attribute.attnum
+        and attribute.attgenerated <> ''
+    left join pg_catalog.pg_depend as computed
+        on computed.refclassid = 'pg_catalog.pg_class'::regclass
+        and computed.refobjid = attribute.attrelid
+        and computed.refobjsubid > 0
+        and computed.refobjsubid <> attribute.attnum
+        and (
+            (computed.classid = 'pg_catalog.pg_attrdef'::regclass and computed.objid = attrdef.oid)
+            -- So it was before PostgreSQL 15.
+            or (
+                attrdef.oid is not null
+                and computed.classid = 'pg_catalog.pg_class'::regclass
+                and computed.objid = attribute.attrelid
+                and computed.objsubid = attribute.attnum
+            )
+        )
+    left join pg_catalog.pg_attribute as base
+        on base.attrelid = attribute.attrelid and base.attnum = computed.refobjsubid
+    where index.indrelid = %(oid)s
+        and (
+            attribute.attnum = any (index.indkey::smallint[])
+            or exists (
+                select from pg_catalog.pg_depend as used
+                where used.classid = 'pg_catalog.pg_class'::regclass
+                    and used.objid = index.indexrelid
+                    and used.refclassid = 'pg_catalog.pg_class'::regclass
+                    and used.refobjid = index.indrelid
+                    and used.refobjsubid = attribute.attnum
+            )
+        )
+    group by index.indexrelid
+)
 select
+    index.indimmediate as immediate,
     (
         select pg_catalog.array_agg(pg_catalog.pg_get_indexdef(index.indexrelid, position, false) order by position)
         from pg_catalog.generate_series(1, index.indnkeyatts::integer) as position
@@ -163,23 +210,20 @@ select
     pg_catalog.pg_get_expr(index.indpred, index.indrelid) as predicate,
     -- Before PostgreSQL 15 there is no such column.
     coalesce((pg_catalog.to_jsonb(index) ->> 'indnullsnotdistinct')::boolean, false) as nulls_not_distinct,
-    array(
-        select attribute.attname::text
-        from pg_catalog.pg_attribute as attribute
-        where attribute.attrelid = index.indrelid
-            and attribute.attnum > 0
-            and (
-                attribute.attnum = any (index.indkey::smallint[])
-                or exists (
-                    select from pg_catalog.pg_depend as used
-                    where used.classid = 'pg_catalog.pg_class'::regclass
-                        and used.objid = index.indexrelid
-                        and used.refclassid = 'pg_catalog.pg_class'::regclass
-                        and used.refobjid = index.indrelid
-                        and used.refobjsubid = attribute.attnum
-                )
-            )
-    ) as columns,
+    -- How values are compared, where two that are compared so exclude each other.
+    (
+        select array_agg(
+            'operator(' || pg_catalog.quote_ident(namespace.nspname) || '.' || operator.oprname || ')'
+            order by part.position
+        )
+        from pg_catalog.pg_constraint as constrained
+        cross join unnest(constrained.conexclop) with ordinality as part (oid, position)
+        join pg_catalog.pg_operator as operator on operator.oid = part.oid
+        join pg_catalog.pg_namespace as namespace on namespace.oid = operator.oprnamespace
+        where constrained.conindid = index.indexrelid and constrained.contype in ('x', 'u', 'p')
+    ) as operators,
+    made_of.columns,
+    coalesce(made_of.generated, '{}') as generated,
     array(
         select attribute.attname::text
         from pg_catalog.pg_constraint as reference
@@ -195,10 +239,8 @@ select
         where reference.conrelid = index.indrelid and reference.contype = 'f'
     ) as referring
 from pg_catalog.pg_index as index
-where index.indrelid = %(oid)s
-    and index.indisunique
-    and index.indisvalid
-    and index.indimmediate
+join made_of using (indexrelid)
+where (index.indisunique or index.indisexclusion) and index.indisvalid
 order by index.indexrelid
 
 -- name: take_lock

@@ -161,11 +161,11 @@ class Batch:
             self._rollback()
             sqlstate = self._error.sqlstate
             self._error = None
-            if sqlstate == parking.UNIQUE_VIOLATION and self.applier.expect_new:
+            if sqlstate in parking.VIOLATIONS and self.applier.expect_new:
                 self.applier.expect_new = False
                 self._savepoint()
                 continue
-            if sqlstate == parking.UNIQUE_VIOLATION and not self._exchanging:
+            if sqlstate in parking.VIOLATIONS and not self._exchanging:
                 self._exchanging = True
                 self._companions.bring_partners()
                 self._savepoint()

@@ -19,21 +19,30 @@ from sync_pipeline.capture import record_id
 from sync_pipeline.database import error_class, query
 from sync_pipeline.statements import TableStatements
 
-UNIQUE_VIOLATION = "23505"
+# A unique and an exclusion constraint: two rows must not have these values at a time.
+VIOLATIONS = {"23505", "23P01"}
 
 _TEXTS = {"text", "character varying", "bpchar"}
 _NUMBERS = {"smallint", "integer", "bigint", "numeric", "real", "double precision"}
+_RANGES = {"int4range", "int8range", "numrange", "daterange", "tsrange", "tstzrange"}
 _DAYS = {"date", "timestamp without time zone", "timestamp with time zone"}
 
 
 @dataclass(frozen=True, slots=True)
 class UniqueIndex:
-    """A unique index that is checked at once; foreign keys refer to `referenced`, `referring` are part of one."""
+    """A unique index, or one of an exclusion constraint with its `operators`. Foreign keys refer to `referenced`, `referring` are part of one.
 
+    `columns` are what it is made of; for a generated column, which is in `generated` with its expression, those that
+    it is computed from. One that is not checked at once (`immediate`) needs no parking.
+    """
+
+    immediate: bool
     expressions: list[str]
     predicate: str | None
     nulls_not_distinct: bool
+    operators: list[str] | None
     columns: list[str]
+    generated: dict[str, str]
     referenced: list[str]
     referring: list[str]
 
@@ -56,7 +65,8 @@ def park(applier: Applier) -> dict[str, set[int]]:
     for table in applier.staged:
         statements = applier.statements(table)
         for index in _indexes(applier, table):
-            parked.setdefault(table, set()).update(_park(applier, statements, index))
+            if index.immediate:
+                parked.setdefault(table, set()).update(_park(applier, statements, index))
     return parked
 
 
@@ -117,7 +127,7 @@ def divide(applier: Applier, refused: Sequence[Refusal]) -> tuple[list[Refusal],
     hopeless record keeps.
     """
     held: dict[tuple[str, int], list[Holder]] = {}
-    for table in dict.fromkeys(r.table for r in refused if r.error_class == UNIQUE_VIOLATION):
+    for table in dict.fromkeys(r.table for r in refused if r.error_class in VIOLATIONS):
         for holder in holders(applier, table):
             held.setdefault((table, holder.number), []).append(holder)
     hopeless: set[tuple[str, int | None]] = set()
@@ -125,7 +135,7 @@ def divide(applier: Applier, refused: Sequence[Refusal]) -> tuple[list[Refusal],
         more: set[tuple[str, int | None]] = {
             (refusal.table, refusal.number)
             for refusal in refused
-            if refusal.error_class != UNIQUE_VIOLATION
+            if refusal.error_class not in VIOLATIONS
             or any(
                 holder.held_by is None or (refusal.table, holder.held_by) in hopeless
                 for holder in held.get((refusal.table, refusal.number), [])
@@ -142,7 +152,7 @@ def divide(applier: Applier, refused: Sequence[Refusal]) -> tuple[list[Refusal],
 
 
 def _name(refusal: Refusal, found: list[Holder]) -> Refusal:
-    if refusal.error_class != UNIQUE_VIOLATION or not found:
+    if refusal.error_class not in VIOLATIONS or not found:
         return refusal
     others = ", ".join(dict.fromkeys(holder.record_id for holder in found))
     return replace(refusal, error=f"{refusal.error} The value is held by record {others[:200]}.")
@@ -201,10 +211,12 @@ def _blocked(statements: TableStatements, index: UniqueIndex) -> sql.Composed:
     predicate = sql.SQL(index.predicate or "true")
     keys = _keys(statements)
     equal = "is not distinct from" if index.nulls_not_distinct else "="
+    operators = index.operators or [equal] * len(values)
     return sql.SQL(
         "(select wanted.n, {held_keys} from (select {n} as n, {keys}, {expressions} from ("
+        "select staged.*{generated} from ("
         "select s.n as {n}, {staged_keys}, {columns} from {stage} as s left join {target} as t on {same_key} "
-        "where s.present) as staged where {predicate}) as wanted "
+        "where s.present) as staged) as staged where {predicate}) as wanted "
         "join (select {own_keys}, {expressions} from {target} as t where {predicate}) as held "
         "on {same_values} where not ({one_key})) as blocked"
     ).format(
@@ -223,12 +235,17 @@ def _blocked(statements: TableStatements, index: UniqueIndex) -> sql.Composed:
             )
             for name in index.columns
         ),
+        generated=sql.SQL("").join(
+            sql.SQL(", ({}) as {}").format(sql.SQL(expression), sql.Identifier(name))
+            for name, expression in index.generated.items()
+        ),
         stage=statements.stage,
         target=statements.target,
         same_key=statements.same_key(),
         predicate=predicate,
         same_values=sql.SQL(" and ").join(
-            sql.SQL("wanted.{0} " + equal + " held.{0}").format(name) for name in values
+            sql.SQL(f"wanted.{{0}} {operator} held.{{0}}").format(name)
+            for name, operator in zip(values, operators, strict=True)
         ),
         one_key=sql.SQL(" and ").join(sql.SQL("wanted.{0} = held.{0}").format(key) for key in keys),
     )
@@ -275,6 +292,9 @@ def _free_values(type_name: str, formatted_type: str) -> Iterator[str]:
         )
     elif type_name == "uuid":
         yield "pg_catalog.gen_random_uuid()"
+    elif type_name in _RANGES:
+        # Overlaps nothing.
+        yield "'empty'"
     elif type_name == "boolean":
         yield "not t.{column}"
 
