@@ -271,11 +271,21 @@ where locks.locktype = 'advisory'
     and locks.objsubid = 2
     and locks.granted
 
--- name: read_node
--- Who this node says it is; no row before install.
-select
-    node, peer, paused_at, system_identifier, database_oid::bigint as database_oid, installed_at, last_pass_at
+-- name: read_noted
+-- Which database install met here, and as which node.
+select node, peer, system_identifier, database_oid::bigint as database_oid
 from {schema}.sync_node
+
+-- name: read_system_identifier
+-- The cluster, for roles that may know.
+select system_identifier::text
+from pg_catalog.pg_control_system()
+
+-- name: read_database_oid
+-- The database, within its cluster.
+select oid::bigint
+from pg_catalog.pg_database
+where datname = pg_catalog.current_database()
 
 -- name: read_moment
 -- The node's clock, to bound which events a batch of the ledger may match; is any failure due; what had ended by then.
@@ -802,11 +812,7 @@ select
     exists (
         select from pg_catalog.pg_class as class
         where class.relnamespace = pg_catalog.to_regnamespace('{schema}') and class.relname = 'sync_migrations'
-    ) as installed,
-    (select system_identifier::text from pg_catalog.pg_control_system()) as system_identifier,
-    (
-        select oid::bigint from pg_catalog.pg_database where datname = pg_catalog.current_database()
-    ) as database_oid
+    ) as installed
 
 -- name: examine_own_tables
 -- The pipeline's own tables: the settings of each.

@@ -11,10 +11,10 @@ from typing import Any
 
 import psycopg
 
-from sync_pipeline import catalog, node_checks, queries, table_checks
+from sync_pipeline import catalog, identity, node_checks, queries, table_checks
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, connect, in_words, query, scalar
-from sync_pipeline.errors import ConnectionFailed, SyncPipelineError
+from sync_pipeline.errors import ConnectionFailed, SyncPipelineError, WrongDatabase
 from sync_pipeline.records import Finding
 
 __all__ = ["Finding", "examine"]
@@ -113,15 +113,10 @@ def _both(
             f"schema {config.schema_name} has no pipeline in it",
             "run `sync-pipeline install`",
         )
-    if all(one[key] == two[key] for key in ("system_identifier", "database_oid")):
-        yield Finding(
-            "error",
-            "identity",
-            None,
-            None,
-            f"{first} and {second} are the same database, or one is a physical copy of the other",
-            "correct a dsn; a copy needs a server of its own, made by initdb and a dump",
-        )
+    try:
+        identity.refuse_one_database(config, connections)
+    except WrongDatabase as error:
+        yield Finding.of(error, "identity", None)
     if one["version"] != two["version"]:
         yield Finding(
             "info",

@@ -132,6 +132,10 @@ class NotInstalled(SyncPipelineError):
     default_remedy = "run `sync-pipeline install`"
 
 
+class WrongDatabase(SyncPipelineError):
+    """Fix a dsn, or confirm: a connection leads to another database than the one that was installed."""
+
+
 class LockTaken(SyncPipelineError):
     """Leave it or stand by: another worker leads this link."""
 

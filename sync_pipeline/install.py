@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import psycopg
 from psycopg import sql
 
-from sync_pipeline import capture, catalog, queries, sequences
+from sync_pipeline import capture, catalog, identity, queries, sequences
 from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, in_words, query, scalar
 from sync_pipeline.errors import NotInstalled, PassInterrupted, SyncPipelineError
@@ -26,15 +26,21 @@ class Step:
     statement: str
 
 
-def install(config: Config, connections: Mapping[str, Connection]) -> list[Step]:
+def install(
+    config: Config, connections: Mapping[str, Connection], *, confirm_identity: bool = False
+) -> list[Step]:
     """Create or upgrade the schema and the triggers on both nodes; return what was done, nothing if all was there.
 
     The catalogs are checked first, so that a wrong configuration changes nothing. Each table's triggers are created
     in a transaction of their own with a short lock timeout, tried again, so that an application is never held up
-    behind a waiting lock for long.
+    behind a waiting lock for long. A database that is not the one that was installed before is refused, unless
+    `confirm_identity` says that it takes its place.
     """
     found = catalog.read(config, connections, strict=True)
     done = []
+    for step in _identity_steps(config, connections, confirm=confirm_identity):
+        _run(connections[step.node], config, [step])
+        done.append(step)
     for node in config.nodes:
         connection = connections[node.name]
         for steps in _units(config, node.name, connection, found):
@@ -47,16 +53,36 @@ def install(config: Config, connections: Mapping[str, Connection]) -> list[Step]
     return done
 
 
-def plan(config: Config, connections: Mapping[str, Connection]) -> list[Step]:
+def plan(
+    config: Config, connections: Mapping[str, Connection], *, confirm_identity: bool = False
+) -> list[Step]:
     """Return the statements that `install` would run now, and run none."""
     found = catalog.read(config, connections, strict=True)
+    confirmed = _identity_steps(config, connections, confirm=confirm_identity)
     units = [
         step
         for node in config.nodes
         for steps in _units(config, node.name, connections[node.name], found)
         for step in steps
     ]
-    return [*units, *_sequence_steps(config, connections, found)]
+    return [*confirmed, *units, *_sequence_steps(config, connections, found)]
+
+
+def _identity_steps(
+    config: Config, connections: Mapping[str, Connection], *, confirm: bool
+) -> list[Step]:
+    identity.refuse_one_database(config, connections)
+    steps = []
+    for node in config.nodes:
+        connection = connections[node.name]
+        if _version(connection, config.schema_name) is None:
+            continue
+        if not confirm:
+            identity.require(config, node.name, connection)
+            continue
+        statements = identity.confirmation(config, node.name, connection)
+        steps += [Step(node.name, statement) for statement in statements]
+    return steps
 
 
 def _sequence_steps(
@@ -208,15 +234,20 @@ def _schema_unit(config: Config, node: str, connection: Connection) -> Iterator[
                 .as_string(None),
             )
         )
+        here = identity.read(connection)
         steps.append(
             Step(
                 node,
                 sql.SQL(
-                    "insert into {} (node, peer, system_identifier, database_oid)\n"
-                    "select {}, {}, (select system_identifier::text from pg_catalog.pg_control_system()), oid\n"
-                    "from pg_catalog.pg_database where datname = pg_catalog.current_database()"
+                    "insert into {} (node, peer, system_identifier, database_oid) values ({}, {}, {}, {})"
                 )
-                .format(sql.Identifier(schema, "sync_node"), node, peer)
+                .format(
+                    sql.Identifier(schema, "sync_node"),
+                    node,
+                    peer,
+                    here.system_identifier,
+                    here.database_oid,
+                )
                 .as_string(None),
             )
         )

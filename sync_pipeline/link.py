@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import psycopg
 
-from sync_pipeline import catalog, conflicts, install, locks, outbox
+from sync_pipeline import catalog, conflicts, identity, install, locks, outbox
 from sync_pipeline.applier import Applier
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, connect, query, scalar
@@ -133,7 +133,8 @@ def lead(config: Config) -> Iterator[Link]:
     """Connect to both nodes, take both locks, and hold them for a `with` block.
 
     Raises `LockTaken` when another worker leads, `PoolerRefused` behind a pooler that shares sessions,
-    `NotInstalled`, `ConnectionFailed`, `CatalogMismatch`. At the end running statements are cancelled, so that the
+    `NotInstalled`, `WrongDatabase` where a dsn leads to another database than the one that was installed,
+    `ConnectionFailed`, `CatalogMismatch`. At the end running statements are cancelled, so that the
     locks are free at once even after an interruption.
     """
     with ExitStack() as stack:
@@ -143,6 +144,10 @@ def lead(config: Config) -> Iterator[Link]:
             stack.callback(_close, writer)
             locks.refuse_shared_sessions(writer, node)
             install.require(config, node.name, writer)
+            if sides:
+                others = {name: side.writer for name, side in sides.items()}
+                identity.refuse_one_database(config, others | {node.name: writer})
+            identity.require(config, node.name, writer)
             locks.take(writer, config, node.name)
             stack.callback(_release, writer, config)
             writer.isolation_level = psycopg.IsolationLevel.READ_COMMITTED

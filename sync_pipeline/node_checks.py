@@ -3,27 +3,22 @@
 from collections.abc import Iterator
 from typing import Any
 
-from psycopg import sql
 from psycopg.rows import dict_row
 
-from sync_pipeline import install, locks, queries
+from sync_pipeline import identity, install, locks, queries
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, query
-from sync_pipeline.errors import NotInstalled, SyncPipelineError
+from sync_pipeline.errors import NotInstalled, SyncPipelineError, WrongDatabase
 from sync_pipeline.records import Finding, spelled
 
 OLDEST_VERSION = 14
 NEWEST_VERSION = 18
 LONG_TRANSACTION_SECONDS = 600.0
 OLD_SLOT_TRANSACTIONS = 1_000_000
-_CONFIRM = sql.SQL(
-    "update {} set system_identifier = (select system_identifier::text from pg_control_system()), "
-    "database_oid = (select oid from pg_database where datname = current_database())"
-)
 
 
 def describe(config: Config, connection: Connection) -> dict[str, Any]:
-    """Return what the two servers are compared by: version, encoding, identity, whether installed."""
+    """Return what the two servers are compared by: version, encoding, whether installed."""
     return _row(connection, "examine_server", config.schema_name)
 
 
@@ -60,7 +55,10 @@ def examine(
         yield Finding.of(error, "schema", name)
         return
     yield from _own_tables(config, name, connection, server)
-    yield from _identity(config, name, connection, server)
+    try:
+        identity.require(config, name, connection)
+    except WrongDatabase as error:
+        yield Finding.of(error, "identity", name)
     yield from _vacuum(config, name, connection)
     yield from _waiting(config, name, connection)
 
@@ -183,40 +181,6 @@ def _own_tables(
             None,
             f"{events} has lost its vacuum settings: with the server's it is vacuumed too late",
             f"alter table {events} set (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 20000)",
-        )
-
-
-def _identity(
-    config: Config, node: str, connection: Connection, server: dict[str, Any]
-) -> Iterator[Finding]:
-    known = _row(connection, "read_node", config.schema_name)
-    peer = config.other(node).name
-    table = sql.Identifier(config.schema_name, "sync_node")
-    if (known["node"], known["peer"]) != (node, peer):
-        rename = (
-            sql.SQL("update {} set node = {}, peer = {}").format(table, node, peer).as_string(None)
-        )
-        yield Finding(
-            "error",
-            "identity",
-            node,
-            None,
-            f"this database was installed as {known['node']} with the peer {known['peer']}, "
-            f"not as {node} with {peer}",
-            f"correct the dsn or the names in sync.yaml; if a node was renamed on purpose: {rename}",
-        )
-    here = (server["system_identifier"], server["database_oid"])
-    if (known["system_identifier"], known["database_oid"]) != here:
-        confirm = _CONFIRM.format(table).as_string(None)
-        yield Finding(
-            "error",
-            "identity",
-            node,
-            None,
-            "this is not the database that was installed: a copy or a restore of it, or upgraded by pg_upgrade; "
-            "its events may be those of the other one, or older than what the peer has",
-            f"if it takes the other one's place: run verify, then confirm with {confirm}; "
-            f"if not: run uninstall here, or drop schema {config.schema_name} cascade",
         )
 
 

@@ -30,7 +30,9 @@ _DAYS = {"date", "timestamp without time zone", "timestamp with time zone"}
 
 @dataclass(frozen=True, slots=True)
 class UniqueIndex:
-    """A unique index, or one of an exclusion constraint with its `operators`. Foreign keys refer to `referenced`, `referring` are part of one.
+    """A unique index, or one of an exclusion constraint, which has `operators`.
+
+    Foreign keys refer to `referenced`, `referring` are part of one.
 
     `columns` are what it is made of; for a generated column, which is in `generated` with its expression, those that
     it is computed from. One that is not checked at once (`immediate`) needs no parking.

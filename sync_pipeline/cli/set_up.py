@@ -42,6 +42,13 @@ def install(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the SQL that is still needed and run none.")
     ] = False,
+    confirm_identity: Annotated[
+        bool,
+        typer.Option(
+            "--confirm-identity",
+            help="A restored, upgraded or renamed database takes its node's place from now on.",
+        ),
+    ] = False,
 ) -> None:
     """Create or upgrade the pipeline's schema and triggers on both nodes.
 
@@ -50,7 +57,7 @@ def install(
     link = configuration.load(config)
     with open_nodes(link) as connections:
         run = installation.plan if dry_run else installation.install
-        steps = run(link, connections)
+        steps = run(link, connections, confirm_identity=confirm_identity)
     if as_json:
         show.document({"dry_run": dry_run, "steps": steps})
     elif dry_run:

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 import typer.main
 
-from sync_pipeline import verify
+from sync_pipeline import install, verify
 from sync_pipeline.cli import app
 from sync_pipeline.database import connected
 from sync_pipeline.link import Link, lead
@@ -186,10 +186,13 @@ def test_a_restored_node_gets_what_the_other_one_has(pair: Pair) -> None:
         for row in backup:
             crm.execute("insert into accounts values (%s, %s, %s, %s)", *row)
     crm.execute("insert into sync.sync_events (table_name, record_id) values ('accounts', '1')")
-    for start in ("sync_events", "sync_failures", "sync_applied", "system_identifier = (select"):
+    crm.execute("update sync.sync_node set database_oid = 1")
+    for start in ("sync_events", "sync_failures", "sync_applied"):
         crm.execute(statement("After a restore", start))
+    assert "install --confirm-identity" in SECTIONS["After a restore"]
     with connected(config.first, config, "t") as one, connected(config.second, config, "t") as two:
         connections = {"crm": one, "billing": two}
+        install.install(config, connections, confirm_identity=True)
         report = verify.verify(config, connections, None)
         verify.repair(config, connections, report, "billing", dry_run=False)
     sync_pair(pair)
