@@ -138,7 +138,7 @@ def lead(config: Config) -> Iterator[Link]:
     locks are free at once even after an interruption.
     """
     with ExitStack() as stack:
-        sides = {}
+        sides: dict[str, Side] = {}
         for node in config.nodes:
             writer = connect(node, config, "writer")
             stack.callback(_close, writer)
