@@ -997,10 +997,6 @@ select 'replication slot', slot.slot_name::text, slot.slot_type, null
 from pg_catalog.pg_replication_slots as slot
 where slot.xmin is not null and (not slot.active or pg_catalog.age(slot.xmin) > %(transactions)s)
 
--- name: examine_clock
--- The node's clock, to compare with the other's.
-select pg_catalog.clock_timestamp()
-
 -- name: read_glance
 -- What a sensor asks before it starts a run: does anything wait that can be applied, and since when is the node paused.
 select

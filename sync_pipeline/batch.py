@@ -8,7 +8,7 @@ from typing import Self
 
 import psycopg
 
-from sync_pipeline import capture, conflicts, isolation, ledger, parking, queries
+from sync_pipeline import capture, clocks, conflicts, isolation, ledger, parking, queries
 from sync_pipeline.applier import Applier, Refusal, Step
 from sync_pipeline.companions import Companions
 from sync_pipeline.config import Config
@@ -90,11 +90,13 @@ class Batch:
         self._stack.enter_context(self._connection.transaction())
         # Local to the transaction: a setting that outlived it could silence an application's changes. The commit does
         # not wait for the disk; the acknowledgement does.
-        self._connection.execute(
-            "select pg_catalog.set_config(%s, %s, true), "
-            "pg_catalog.set_config('synchronous_commit', 'off', true)",
-            [capture.APPLYING, self._schema],
-        )
+        with clocks.reading() as self.clock:
+            row = self._connection.execute(
+                "select pg_catalog.set_config(%s, %s, true), "
+                "pg_catalog.set_config('synchronous_commit', 'off', true), pg_catalog.clock_timestamp()",
+                [capture.APPLYING, self._schema],
+            ).fetchone()
+        self.clock.clock = row[2] if row else None
         for part in self.intake.parts:
             self.applier.stage(part)
         self._companions = Companions(

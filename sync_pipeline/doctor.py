@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 
-from sync_pipeline import catalog, identity, node_checks, queries, table_checks
+from sync_pipeline import catalog, clocks, identity, node_checks, queries, table_checks
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, connect, in_words, query, scalar
 from sync_pipeline.errors import ConnectionFailed, SyncPipelineError, WrongDatabase
@@ -145,27 +145,26 @@ def _both(
             "SQL_ASCII databases hold bytes that may be no text",
             "create both databases with the encoding UTF8",
         )
-    seconds = _clock_difference(config, connections[first], connections[second])
-    if abs(seconds) > config.clock_warning_seconds:
-        ahead, behind = (second, first) if seconds > 0 else (first, second)
+    with clocks.reading() as mine:
+        mine.clock = _clock(config, connections[first])
+    with clocks.reading() as other:
+        other.clock = _clock(config, connections[second])
+    difference = mine.difference(other)
+    limit = config.clock_warning_seconds
+    if difference is not None and difference.exceeds(limit):
         yield Finding(
             "warning",
             "clock",
             None,
             None,
-            f"the clock of {ahead} is {abs(seconds):.1f} s ahead of that of {behind}: "
-            "`last_update_wins` decides by these clocks",
+            clocks.warning(first, second, difference, limit),
             "let both servers follow the same time servers",
         )
 
 
-def _clock_difference(config: Config, first: Connection, second: Connection) -> float:
-    """Return by how many seconds the second clock is ahead, to within the time that one query takes."""
-    statement = query(queries.get("examine_clock", config.schema_name))
-    before: datetime = scalar(first, statement)
-    theirs: datetime = scalar(second, statement)
-    after: datetime = scalar(first, statement)
-    return (theirs - (before + (after - before) / 2)).total_seconds()
+def _clock(config: Config, connection: Connection) -> datetime:
+    at: datetime = scalar(connection, query(queries.get("read_clock", config.schema_name)))
+    return at
 
 
 def _tables(config: Config, connections: Mapping[str, Connection]) -> Iterator[Finding]:

@@ -4,10 +4,9 @@ Every function takes the configuration and open connections by node, and returns
 Dagster only show them.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
@@ -15,14 +14,13 @@ from typing import Any, TypeVar
 import psycopg
 from psycopg.rows import kwargs_row
 
-from sync_pipeline import catalog, conditions, install, locks, marks, queries
+from sync_pipeline import catalog, clocks, conditions, install, locks, marks, queries
 from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, error_class, in_words, query, scalar
 from sync_pipeline.errors import CatalogMismatch, ConnectionFailed, SyncPipelineError
 from sync_pipeline.records import Relation
 from sync_pipeline.views import (
     Backlog,
-    ClockDifference,
     Conflict,
     FailedRecord,
     LastFailure,
@@ -67,24 +65,6 @@ class BackfillStep:
     last: str
 
 
-@dataclass(slots=True)
-class _Clocks:
-    offsets: list[tuple[float, float]] = field(default_factory=list)
-
-    def read(self, connection: Connection, schema: str) -> None:
-        before = time.time()
-        theirs = scalar(connection, query(queries.get("read_clock", schema)))
-        after = time.time()
-        self.offsets.append((theirs.timestamp() - (before + after) / 2, (after - before) / 2))
-
-    @property
-    def difference(self) -> ClockDifference | None:
-        if len(self.offsets) < 2:
-            return None
-        (first, first_error), (second, second_error) = self.offsets
-        return ClockDifference(second - first, first_error + second_error)
-
-
 def status(
     config: Config,
     connections: Connections,
@@ -96,20 +76,23 @@ def status(
     """
     errors = dict(unreachable or {})
     nodes = {}
-    clocks = _Clocks()
+    readings: list[clocks.Reading] = []
     for node in config.nodes:
         try:
             if node.name in errors:
                 raise errors[node.name]
             nodes[node.name] = _node_status(config, node.name, connections[node.name])
-            with _asking(node.name):
-                clocks.read(connections[node.name], config.schema_name)
+            with _asking(node.name), clocks.reading() as read:
+                statement = query(queries.get("read_clock", config.schema_name))
+                read.clock = scalar(connections[node.name], statement)
+            readings.append(read)
         except SyncPipelineError as error:
             errors[node.name] = error
             nodes[node.name] = NodeStatus(error=str(error))
     if len(errors) == len(nodes):
         raise errors[config.first.name]
-    return Status(nodes, clocks.difference)
+    both = len(readings) == len(nodes)
+    return Status(nodes, readings[0].difference(readings[1]) if both else None)
 
 
 def _node_status(config: Config, node: str, connection: Connection) -> NodeStatus:

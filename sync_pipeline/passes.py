@@ -15,7 +15,7 @@ from typing import Self
 
 import psycopg
 
-from sync_pipeline import ledger, outbox, snapshot
+from sync_pipeline import clocks, ledger, outbox, snapshot
 from sync_pipeline.batch import Batch
 from sync_pipeline.database import error_class, in_words
 from sync_pipeline.errors import CatalogMismatch, PassInterrupted
@@ -101,6 +101,7 @@ class Pass:
             with self._invalid_keys_end_the_pass():
                 self._read(self._first, self._parents)
                 self._batch = self._stack.enter_context(self._new_batch(self._first))
+                self._compare_clocks(self._batch)
                 self._batch.upsert(self._parents)
         return self.report
 
@@ -121,6 +122,16 @@ class Pass:
         if self._consumed:
             self._side.consumed(self._last_id, self._snapshot.moment)
         return self.report
+
+    def _compare_clocks(self, batch: Batch) -> None:
+        difference = self._snapshot.clock.difference(batch.clock)
+        limit = self.link.config.clock_warning_seconds
+        if difference is not None:
+            self.report.clock_difference_seconds = difference.seconds
+            if difference.exceeds(limit):
+                self.report.clock_warning = clocks.warning(
+                    self.source, self.target, difference, limit
+                )
 
     # --- reading ---
 

@@ -139,6 +139,9 @@ class DirectionReport:
     batches: int = 0
     events: int = 0
     lag_seconds: float = 0.0
+    # How far the target's clock is ahead of the source's.
+    clock_difference_seconds: float | None = None
+    clock_warning: str | None = None
     recovered: int = 0
     set_aside: int = 0
     warnings: list[str] = field(default_factory=list)

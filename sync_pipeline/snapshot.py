@@ -15,7 +15,7 @@ from psycopg.abc import PQGen
 from psycopg.rows import class_row
 from psycopg.waiting import Wait
 
-from sync_pipeline import queries
+from sync_pipeline import clocks, queries
 from sync_pipeline.capture import has_one_text, key_values
 from sync_pipeline.database import Connection, Statement, compiled, error_class, query, scalar
 from sync_pipeline.records import Moment, Relation
@@ -127,6 +127,7 @@ class Snapshot:
         schema: str,
         relations: Mapping[str, Relation],
         moment: Moment,
+        clock: clocks.Reading,
     ) -> None:
         self._connection = connection
         self._schema = schema
@@ -134,6 +135,7 @@ class Snapshot:
         self._lock = threading.Lock()
         self.moment = moment
         self.read_at = moment.read_at
+        self.clock = clock
 
     def intake(self, after_id: int, size: int, ignored: Sequence[str]) -> Intake | None:
         """Return the next events after an id, at most `size`, whatever their tables; None when there are no more.
@@ -337,11 +339,12 @@ def opened(
     connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
     connection.read_only = True
     with connection.transaction():
-        with connection.cursor(row_factory=class_row(Moment)) as cursor:
+        with clocks.reading() as read, connection.cursor(row_factory=class_row(Moment)) as cursor:
             moment = cursor.execute(query(queries.get("read_moment", schema))).fetchone()
         if moment is None:
             raise AssertionError("a query without a table returned no row")
-        yield Snapshot(connection, schema, relations, moment)
+        read.clock = moment.read_at
+        yield Snapshot(connection, schema, relations, moment, read)
 
 
 @lru_cache(maxsize=1024)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
+from sync_pipeline.clocks import ClockDifference
 from sync_pipeline.locks import Leader
 
 State = Literal["retrying", "dead", "held"]
@@ -61,14 +62,6 @@ class TableStatus:
     retrying: int = 0
     dead: int = 0
     held: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ClockDifference:
-    """How far the second node's clock is ahead of the first's, give or take `accuracy_seconds`."""
-
-    seconds: float
-    accuracy_seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,15 @@ def register(app: typer.Typer) -> None:
 def sync(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Pass until nothing is pending that can be applied now; exit 3 when another worker leads."""
     link = configuration.load(config)
-    totals = loop.sync(link, Listener(interrupted=_interrupted, opened=_opened))
+    told: set[str] = set()
+
+    def passed(reports: list[DirectionReport]) -> None:
+        for report in reports:
+            if report.clock_warning is not None and report.clock_warning not in told:
+                told.add(report.clock_warning)
+                show.complain(report.clock_warning)
+
+    totals = loop.sync(link, Listener(interrupted=_interrupted, opened=_opened, passed=passed))
     with open_nodes(link) as connections:
         pending = operate.pending_counts(link, connections)
     if as_json:
@@ -188,14 +196,14 @@ class Log:
 
     def opened(self, link: Link) -> None:
         """What the schemas of the nodes keep from being synced."""
-        self._warn(link.catalog.warnings)
+        self._warn("left_out", link.catalog.warnings)
 
-    def _warn(self, warnings: Iterable[str]) -> None:
+    def _warn(self, event: str, warnings: Iterable[str]) -> None:
         """Say each warning once."""
         for text in dict.fromkeys(warnings):
             if text not in self._warned:
                 self._warned.add(text)
-                self._write("left_out", text, reason=text)
+                self._write(event, text, reason=text)
 
     def leading(self) -> None:
         """This worker has the locks of both nodes."""
@@ -213,7 +221,8 @@ class Log:
 
     def passed(self, reports: list[DirectionReport]) -> None:
         """A pass has ended; one that did nothing is not mentioned."""
-        self._warn(warning for report in reports for warning in report.warnings)
+        self._warn("left_out", (warning for report in reports for warning in report.warnings))
+        self._warn("clocks", (each.clock_warning for each in reports if each.clock_warning))
         worth = [report for report in reports if report.did_something or report.recovered]
         if worth:
             directions = {report.name: _report(report) for report in worth}
@@ -254,6 +263,8 @@ def _counts(counts: Counts) -> dict[str, int]:
 def _report(report: DirectionReport) -> dict[str, Any]:
     return _counts(report.total) | {
         "lag_seconds": round(report.lag_seconds, 3),
+        "clock_difference_seconds": report.clock_difference_seconds
+        and round(report.clock_difference_seconds, 6),
         "set_aside": report.set_aside,
         "recovered": report.recovered,
     }

@@ -219,7 +219,7 @@ def _screen(link: Config, found: Status, rates: Rates | None = None) -> Renderab
     if found.clocks is not None:
         difference = abs(found.clocks.seconds)
         accuracy = f"± {show.duration(found.clocks.accuracy_seconds)}"
-        warn = difference - found.clocks.accuracy_seconds > link.clock_warning_seconds
+        warn = found.clocks.exceeds(link.clock_warning_seconds)
         parts.append(
             Text(
                 f"the clocks differ by {show.duration(difference)} {accuracy}"

@@ -117,13 +117,11 @@ def test_a_server_that_keeps_its_identifier_to_itself_is_told_by_the_database_al
             node.execute(f"alter table {table} owner to modest")
         dsn = psycopg.conninfo.make_conninfo(node.dsn, user="modest")
         monkeypatch.setenv(f"{node.name.upper()}_DSN", dsn)
-    modest = replace(
-        pair,
-        **{
-            node.name: replace(node, dsn=psycopg.conninfo.make_conninfo(node.dsn, user="modest"))
-            for node in pair.nodes
-        },
+    crm, billing = (
+        replace(node, dsn=psycopg.conninfo.make_conninfo(node.dsn, user="modest"))
+        for node in pair.nodes
     )
+    modest = replace(pair, crm=crm, billing=billing)
     installed(modest)
     pair.crm.insert("accounts", id=1, name="one")
     sync_pair(modest)

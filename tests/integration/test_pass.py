@@ -2,7 +2,9 @@
 
 import pytest
 
-from tests.engine import equal, installed, sync_pair, totals
+from sync_pipeline import stream
+from sync_pipeline.records import DirectionReport
+from tests.engine import config_of, equal, installed, sync_pair, totals
 from tests.helpers import Node, Pair
 
 pytestmark = pytest.mark.core
@@ -53,6 +55,19 @@ def test_nothing_is_echoed_back(link: Pair) -> None:
     sync_pair(link)
     assert link.billing.pending() == 0
     assert totals(link).passes == 0
+
+
+def test_each_pass_compares_the_clocks_of_the_nodes(link: Pair) -> None:
+    add_family(link.crm)
+    add_family(link.billing, 2)
+    reports: list[DirectionReport] = []
+    stream.sync(config_of(link), stream.Listener(passed=reports.extend))
+    assert [report.name for report in reports] == ["crm->billing", "billing->crm"]
+    for report in reports:
+        # Both servers run on this machine, so their clocks are the same one.
+        assert report.clock_difference_seconds is not None
+        assert abs(report.clock_difference_seconds) < 2
+        assert report.clock_warning is None
 
 
 def test_a_replay_by_hand_sends_the_row_again(link: Pair) -> None:
