@@ -18,7 +18,7 @@ from rich.progress import (
 from sync_pipeline import config as configuration
 from sync_pipeline import operate, resolution
 from sync_pipeline import verify as comparison
-from sync_pipeline.cli import show
+from sync_pipeline.cli import show, side_by_side
 from sync_pipeline.cli.app import (
     FAILED,
     ConfigOption,
@@ -34,7 +34,7 @@ from sync_pipeline.cli.app import (
 from sync_pipeline.config import Config
 from sync_pipeline.errors import ConfigurationError, SyncPipelineError
 from sync_pipeline.verify import VerifyReport
-from sync_pipeline.views import Conflict, FailedRecord, Selection
+from sync_pipeline.views import FailedRecord, Selection
 
 PANEL = "Keep equal"
 FAILURE_ACTIONS = ("list", "retry", "discard")
@@ -178,9 +178,9 @@ def conflicts(
     if as_json:
         show.document({"conflicts": found})
         return
-    headings = ("node", "id", "detected", "table", "record", "kind", "winner", "differing fields")
-    show.console().print(show.table(None, headings, map(_conflict_row, found)))
-    show.say(show.counted(len(found), "conflict"))
+    for conflict in found:
+        show.console().print(side_by_side.render(link, conflict))
+    show.say(show.counted(len(found), "conflict") + f"; {side_by_side.MARK} marks what differs")
 
 
 def verify(
@@ -296,26 +296,6 @@ def _failure_row(failure: FailedRecord) -> tuple[object, ...]:
         failure.next_attempt_at,
         failure.error_class,
         failure.error,
-    )
-
-
-def _conflict_row(conflict: Conflict) -> tuple[object, ...]:
-    local, remote = conflict.local_row, conflict.remote_row
-    if local is None or remote is None:
-        gone = "here" if local is None else "on the other node"
-        differing = f"deleted {gone}"
-    else:
-        names = sorted(name for name in {*local, *remote} if local.get(name) != remote.get(name))
-        differing = ", ".join(names)
-    return (
-        conflict.node,
-        str(conflict.id),
-        conflict.detected_at,
-        conflict.table_name,
-        conflict.record_id,
-        conflict.kind,
-        conflict.winner or "held",
-        differing,
     )
 
 

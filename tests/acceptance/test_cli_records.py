@@ -1,5 +1,6 @@
 """Failures, conflicts, replay, backfill and verify: what an operator does about records."""
 
+import re
 from typing import Any
 
 import pytest
@@ -127,6 +128,24 @@ def test_conflicts_are_listed_with_both_rows_newest_first(conflicting: Pair) -> 
     assert names == {"crm", "billing"}
     assert answer(conflicting, "conflicts", "users")["conflicts"] == []
     assert "held" in succeed(conflicting, "conflicts")
+
+
+def test_both_rows_are_shown_side_by_side_with_the_differing_fields_marked(
+    conflicting: Pair,
+) -> None:
+    conflicting.crm.execute("update accounts set name = '' where id = 2")
+    conflicting.billing.execute("delete from accounts where id = 2")
+    sync_pair(conflicting)
+    deleted, held, decided = succeed(conflicting, "conflicts").split(" on ")[1:]
+    cells = [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in held.splitlines()]
+    fields = {row[1]: (row[0], *row[2:]) for row in cells if len(row) == 4}
+    assert "accounts 1, update_update, held until you decide" in held
+    assert fields["field"] == ("", "crm", "billing")
+    assert fields["id"] == ("", "1", "1")
+    assert fields["name"] == ("*", "crm", "billing")
+    assert "accounts 2, update_update, billing won" in decided
+    assert "billing (deleted)" in deleted
+    assert '""' in deleted
 
 
 def test_a_held_record_is_neither_retried_nor_discarded(conflicting: Pair) -> None:
