@@ -343,33 +343,23 @@ group by record_id
 
 -- name: read_invalid_keys
 -- Records of a table whose text is no value of the key's type, or no array of values for a composite key.
-with types as (
-    -- `is_value` looks in no schema but PostgreSQL's own, so the types are named in full.
-    select array_agg(
-        pg_catalog.quote_ident(namespace.nspname) || '.' || pg_catalog.quote_ident(type.typname) order by position
-    ) as names
-    from unnest(%(types)s::text[]) with ordinality as part (name, position)
-    join pg_catalog.pg_type as type on type.oid = pg_catalog.to_regtype(part.name)
-    join pg_catalog.pg_namespace as namespace on namespace.oid = type.typnamespace
-)
 select record_id
-from types,
-(
+from (
     select record_id from {schema}.sync_events where table_name = %(table_name)s and id <= %(last_id)s
     union
     select record_id from {schema}.sync_failures
     where table_name = %(table_name)s and next_attempt_at <= pg_catalog.clock_timestamp()
 ) as waiting
 where case
-    when pg_catalog.array_length(types.names, 1) = 1
-        then not {schema}.is_value(record_id, (types.names)[1])
+    when pg_catalog.array_length(%(types)s::text[], 1) = 1
+        then not {schema}.is_value(record_id, (%(types)s::text[])[1])
     when not {schema}.is_value(record_id, 'jsonb') then true
     when pg_catalog.jsonb_typeof(record_id::jsonb) <> 'array' then true
     when pg_catalog.jsonb_array_length(record_id::jsonb)
-        <> pg_catalog.array_length(types.names, 1) then true
+        <> pg_catalog.array_length(%(types)s::text[], 1) then true
     else exists (
         select
-        from unnest(types.names) with ordinality as part (type_name, position)
+        from unnest(%(types)s::text[]) with ordinality as part (type_name, position)
         where (record_id::jsonb ->> (part.position::integer - 1)) is null
             or not {schema}.is_value(record_id::jsonb ->> (part.position::integer - 1), part.type_name)
     )
@@ -751,28 +741,18 @@ set paused_at = null
 
 -- name: read_valid_keys
 -- Those of some record_ids that are keys of these types: one value, or a JSON array of several.
-with types as (
-    -- `is_value` looks in no schema but PostgreSQL's own, so the types are named in full.
-    select array_agg(
-        pg_catalog.quote_ident(namespace.nspname) || '.' || pg_catalog.quote_ident(type.typname) order by position
-    ) as names
-    from unnest(%(types)s::text[]) with ordinality as part (name, position)
-    join pg_catalog.pg_type as type on type.oid = pg_catalog.to_regtype(part.name)
-    join pg_catalog.pg_namespace as namespace on namespace.oid = type.typnamespace
-)
 select record_id
-from types,
-unnest(%(record_ids)s::text[]) as given (record_id)
+from unnest(%(record_ids)s::text[]) as given (record_id)
 where case
-    when pg_catalog.array_length(types.names, 1) = 1
-        then {schema}.is_value(record_id, (types.names)[1])
+    when pg_catalog.array_length(%(types)s::text[], 1) = 1
+        then {schema}.is_value(record_id, (%(types)s::text[])[1])
     when not {schema}.is_value(record_id, 'jsonb') then false
     when pg_catalog.jsonb_typeof(record_id::jsonb) <> 'array' then false
     when pg_catalog.jsonb_array_length(record_id::jsonb)
-        <> pg_catalog.array_length(types.names, 1) then false
+        <> pg_catalog.array_length(%(types)s::text[], 1) then false
     else not exists (
         select
-        from unnest(types.names) with ordinality as part (type_name, position)
+        from unnest(%(types)s::text[]) with ordinality as part (type_name, position)
         where (record_id::jsonb ->> (part.position::integer - 1)) is null
             or not {schema}.is_value(record_id::jsonb ->> (part.position::integer - 1), part.type_name)
     )

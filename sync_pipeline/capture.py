@@ -256,13 +256,11 @@ def key_values(relation: Relation, text: sql.Composable) -> list[sql.Composed]:
     parts: list[sql.Composable] = [text]
     if len(columns) > 1:
         parts = [sql.SQL(f"(({{}})::jsonb ->> {n})").format(text) for n in range(len(columns))]
-    return [
-        sql.SQL(
-            f"({{}})::{column.type_name}"
-            + (f" collate {column.collation}" if column.collation else "")
-        ).format(part)
-        for column, part in zip(columns, parts, strict=True)
-    ]
+    values = []
+    for column, part in zip(columns, parts, strict=True):
+        collate = sql.SQL(f" collate {column.collation}" if column.collation else "")
+        values.append(sql.SQL(f"({{}})::{column.type_name}").format(part) + collate)
+    return values
 
 
 def _is_citext(type_name: str) -> bool:

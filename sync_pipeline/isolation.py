@@ -157,7 +157,7 @@ def _suspects(applier: Applier, step: Step, sqlstate: str | None) -> list[int]:
     [table] = step.tables
     statements = applier.statements(table)
     connection = applier.connection
-    if sqlstate == parking.UNIQUE_VIOLATION:
+    if sqlstate in parking.VIOLATIONS:
         return list(dict.fromkeys(holder.number for holder in parking.holders(applier, table)))
     if sqlstate == FOREIGN_KEY_VIOLATION:
         keys = applier.catalog.relation(applier.node, table).foreign_keys

@@ -86,16 +86,7 @@ class TableStatements:
     def is_key(self, text: sql.Composable, schema: str) -> sql.Composed:
         """True when a text is a key of this table: safe to be read as one."""
         is_value = sql.Identifier(schema, "is_value")
-        # `is_value` looks in no schema but PostgreSQL's own, so a type is named in full.
-        names = [
-            sql.SQL(
-                "(select pg_catalog.quote_ident(namespace.nspname) || '.' || pg_catalog.quote_ident(type.typname) "
-                "from pg_catalog.pg_type as type "
-                "join pg_catalog.pg_namespace as namespace on namespace.oid = type.typnamespace "
-                "where type.oid = {}::pg_catalog.regtype)"
-            ).format(self.relation.columns[field].type_name)
-            for field in self.relation.key
-        ]
+        names = [self.relation.columns[field].type_name for field in self.relation.key]
         if len(names) == 1:
             return sql.SQL("{}({}, {})").format(is_value, text, names[0])
         parts = [
