@@ -1,0 +1,165 @@
+"""Both nodes work on the same families while batches are small: they end equal, nothing fails, nothing new is lost."""
+
+import pytest
+
+from tests.engine import sync_pair
+from tests.helpers import Pair
+from tests.shapes import converge, failures, link, texts
+
+FAMILY = """
+create table parents (id int primary key, name text);
+create table children (id int primary key, parent int not null references parents on update cascade, word text)
+"""
+
+
+def filled(pair: Pair, *, batch_size: int, policy: str = "last_update_wins") -> None:
+    """Four parents with two children each, on both nodes."""
+    tables = ({"name": name, "conflict": policy} for name in ("children", "parents"))
+    link(pair, FAMILY, *tables, batch_size=batch_size)
+    pair.crm.execute("insert into parents select n, 'old' from generate_series(1, 4) as n")
+    pair.crm.execute(
+        "insert into children select n, (n - 1) / 2 + 1, 'old' from generate_series(1, 8) as n"
+    )
+    converge(pair, "parents", "children")
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_keys_of_parents_rotate_and_their_children_follow(pair: Pair, batch_size: int) -> None:
+    filled(pair, batch_size=batch_size)
+    for node in pair.nodes:
+        node.execute("update parents set id = 100 where id = 1")
+        for number in (2, 3, 4):
+            node.execute("update parents set id = %s where id = %s", number - 1, number)
+        node.execute("update parents set id = 4 where id = 100")
+        converge(pair, "parents", "children")
+    owners = pair.billing.rows("select id, parent from children order by id")
+    assert owners == [(1, 3), (2, 3), (3, 4), (4, 4), (5, 1), (6, 1), (7, 2), (8, 2)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_both_nodes_change_the_key_of_one_parent_and_one_gives_it_a_child(
+    pair: Pair, batch_size: int
+) -> None:
+    filled(pair, batch_size=batch_size)
+    pair.crm.execute("update parents set id = 10 where id = 1")
+    pair.billing.execute("update parents set id = 20 where id = 1")
+    pair.crm.execute("update parents set id = 30 where id = 2")
+    pair.billing.execute("update children set word = 'edited' where id = 3")
+    pair.billing.execute("insert into children values (100, 2, 'new')")
+    pair.crm.execute("update parents set name = 'edited' where id = 3")
+    pair.billing.execute("update parents set id = 40 where id = 3")
+    converge(pair, "parents", "children")
+    assert pair.crm.rows("select parent, word from children where id = 100") == [(2, "new")]
+    assert pair.crm.value("select word from children where id = 3") == "edited"
+
+
+@pytest.mark.parametrize("policy", ["last_update_wins", "crm", "billing"])
+def test_children_leave_a_parent_that_is_deleted_here_and_edited_there(
+    pair: Pair, policy: str
+) -> None:
+    filled(pair, batch_size=2, policy=policy)
+    pair.crm.execute("update children set parent = 2 where parent = 1")
+    pair.crm.execute("delete from parents where id = 1")
+    pair.billing.execute("update parents set name = 'edited' where id = 1")
+    pair.billing.execute("update children set word = 'edited' where id = 1")
+    pair.billing.execute("update children set parent = 3 where parent = 4")
+    pair.billing.execute("delete from parents where id = 4")
+    pair.crm.execute("update parents set name = 'edited' where id = 4")
+    pair.crm.execute("insert into children values (50, 4, 'new')")
+    converge(pair, "parents", "children")
+    assert pair.billing.rows("select parent, word from children where id = 50") == [(4, "new")]
+
+
+@pytest.mark.parametrize("batch_size", [2, 1000])
+def test_rows_change_their_partition_on_both_nodes_and_wait_for_one_that_is_missing(
+    pair: Pair, batch_size: int
+) -> None:
+    link(
+        pair,
+        """create table visits (id int, region text, word text, primary key (id, region))
+            partition by list (region);
+        create table visits_a partition of visits for values in ('a');
+        create table visits_b partition of visits for values in ('b');
+        create table notes (id int primary key, visit int not null, region text not null,
+            foreign key (visit, region) references visits on update cascade)""",
+        "notes",
+        "visits",
+        batch_size=batch_size,
+    )
+    pair.crm.execute("insert into visits select n, 'a', 'x' from generate_series(1, 5) as n")
+    pair.crm.execute("insert into notes select n, n, 'a' from generate_series(1, 5) as n")
+    converge(pair, "visits", "notes")
+    pair.crm.execute("update visits set region = 'b' where id <= 3")
+    pair.billing.execute("update visits set word = 'y' where id = 4")
+    pair.billing.execute("insert into visits values (9, 'b', 'z')")
+    converge(pair, "visits", "notes")
+    pair.billing.execute("update visits set region = case region when 'a' then 'b' else 'a' end")
+    converge(pair, "visits", "notes")
+    pair.crm.execute("create table visits_c partition of visits for values in ('c')")
+    pair.crm.execute("update visits set region = 'c' where id = 1")
+    sync_pair(pair)
+    assert ("visits", "23514") in {(row[0], row[2]) for row in failures(pair.crm)}
+    pair.billing.execute("create table visits_c partition of visits for values in ('c')")
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    converge(pair, "visits", "notes")
+
+
+@pytest.mark.parametrize("batch_size", [1, 1000])
+def test_rows_enter_and_leave_the_conditions_of_both_nodes(pair: Pair, batch_size: int) -> None:
+    link(
+        pair,
+        """create table papers (id int primary key, state text, word text);
+        create table pages (id int primary key, paper int not null references papers on delete cascade)""",
+        "pages",
+        {"name": "papers", "where": {"crm": "state <> 'draft'", "billing": "state <> 'closed'"}},
+        batch_size=batch_size,
+    )
+    pair.crm.execute(
+        "insert into papers select n, case n % 2 when 0 then 'draft' else 'open' end, 'x' "
+        "from generate_series(1, 6) as n"
+    )
+    sync_pair(pair)
+    assert [row[0] for row in pair.billing.rows("papers")] == [1, 3, 5]
+    pair.crm.execute("update papers set state = 'draft' where id = 1")
+    pair.crm.execute("insert into pages values (1, 3), (2, 4)")
+    sync_pair(pair)
+    # The page of a draft waits for its paper.
+    assert [row[:3] for row in failures(pair.crm)] == [("pages", "2", "23503")]
+    pair.crm.execute("update papers set state = 'open'")
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    converge(pair, "papers", "pages")
+    pair.billing.execute("update papers set state = 'closed', word = 'closed'")
+    sync_pair(pair)
+    assert {row[1] for row in pair.crm.rows("papers")} == {"open"}
+    pair.billing.execute("update papers set state = 'done'")
+    converge(pair, "papers", "pages")
+    pair.crm.execute("delete from papers where id in (1, 3, 4)")
+    converge(pair, "papers", "pages")
+    assert texts(pair.billing, "pages") == []
+
+
+def test_a_domain_that_is_stricter_on_the_other_side_refuses_its_records_alone(pair: Pair) -> None:
+    table = "create table t (id int primary key, word domain_of_words, words domain_of_words[], doc jsonb)"
+    link(
+        pair,
+        (
+            f"create domain domain_of_words as text; {table}",
+            f"create domain domain_of_words as text check (value <> 'bad'); {table}",
+        ),
+        "t",
+        batch_size=2,
+    )
+    pair.crm.execute(
+        """insert into t values (1, 'good', '{good}', 'null'), (2, 'bad', null, null), (3, 'good', '{bad}', '{}'),
+        (4, '', '{}', '[]'), (5, null, '{NULL}', '""')"""
+    )
+    sync_pair(pair)
+    assert [row[1:3] for row in failures(pair.crm)] == [("2", "23514"), ("3", "23514")]
+    pair.crm.execute("update t set word = 'good', words = '{}' where id in (2, 3)")
+    converge(pair, "t")
+    # NULL, the null of JSON, '' and an empty array are four things.
+    pair.billing.execute(
+        "update t set doc = case when doc is null then 'null'::jsonb end, word = coalesce(word, ''), "
+        "words = case when words <> '{}' then '{}'::domain_of_words[] end"
+    )
+    converge(pair, "t")
