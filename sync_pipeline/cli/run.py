@@ -196,14 +196,17 @@ class Log:
 
     def opened(self, link: Link) -> None:
         """What the schemas of the nodes keep from being synced."""
-        self._warn("left_out", link.catalog.warnings)
+        self._left_out(link.catalog.warnings)
 
-    def _warn(self, event: str, warnings: Iterable[str]) -> None:
-        """Say each warning once."""
-        for text in dict.fromkeys(warnings):
-            if text not in self._warned:
-                self._warned.add(text)
-                self._write(event, text, reason=text)
+    def _left_out(self, warnings: Iterable[str]) -> None:
+        for text in self._new(warnings):
+            self._write("left_out", text, reason=text)
+
+    def _new(self, warnings: Iterable[str]) -> list[str]:
+        """Return the warnings that were not said yet; each is said once."""
+        new = [text for text in dict.fromkeys(warnings) if text not in self._warned]
+        self._warned.update(new)
+        return new
 
     def leading(self) -> None:
         """This worker has the locks of both nodes."""
@@ -221,8 +224,9 @@ class Log:
 
     def passed(self, reports: list[DirectionReport]) -> None:
         """A pass has ended; one that did nothing is not mentioned."""
-        self._warn("left_out", (warning for report in reports for warning in report.warnings))
-        self._warn("clocks", (each.clock_warning for each in reports if each.clock_warning))
+        self._left_out(warning for report in reports for warning in report.warnings)
+        for text in self._new(each.clock_warning for each in reports if each.clock_warning):
+            self._write("clocks", text, reason=text)
         worth = [report for report in reports if report.did_something or report.recovered]
         if worth:
             directions = {report.name: _report(report) for report in worth}
