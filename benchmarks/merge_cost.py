@@ -69,18 +69,16 @@ def note_changed_fields(databases: Databases) -> None:
     if row is None:
         raise AssertionError("items is not captured")
     update, rest = str(row[0]).split("elsif tg_op = 'INSERT'", 1)
-    given = ", ".join(f"{column} as field_{column}" for column in COLUMNS)
     compared = ", ".join(
-        f"case when new_rows.field_{column} is distinct from old_rows.field_{column} then '{column}' end"
+        f"case when new_rows.{column} is distinct from old_rows.{column} then '{column}' end"
         for column in COLUMNS
     )
     for before, after in (
         ("caused_by)", "caused_by, changed_fields)"),
         (
-            "            consumer\n",
-            f"            consumer, array_remove(array[{compared}], null)\n",
+            "consumer\n        from",
+            f"consumer, array_remove(array[{compared}], null)\n        from",
         ),
-        ("select true as marker,", f"select true as marker, {given},"),
     ):
         if before not in update:
             raise AssertionError(f"the capture function has no {before!r}")
