@@ -100,6 +100,23 @@ def test_a_child_moved_and_its_old_parent_deleted_between_two_stages(
     assert len(pair.billing.rows("users")) == 2
 
 
+def test_a_transaction_that_commits_between_two_stages_is_not_seen_by_half(
+    pair: Pair, link: Link
+) -> None:
+    family(pair.crm)
+    change = "with a as (update accounts set name = %s) update users set name = %s"
+    pair.crm.execute(change, "first", "first")
+    with Pass(link, "crm", "billing") as one:
+        one.fetch_dependents()
+        pair.crm.execute(change, "second", "second")
+        one.process_parents()
+        one.process_dependents()
+    names = "select accounts.name, users.name from accounts join users on account_id = accounts.id"
+    assert pair.billing.rows(names) == [("first", "first")]
+    passes.run(link)
+    assert pair.billing.rows(names) == [("second", "second")]
+
+
 @pytest.mark.parametrize("batch_size", [10_000, 2])
 def test_a_child_whose_event_is_older_than_its_parents_arrives_after_it(
     pair: Pair, batch_size: int
