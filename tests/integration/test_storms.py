@@ -173,3 +173,25 @@ def test_a_poison_record_and_a_table_that_is_away_for_a_while(pair: Pair) -> Non
     for node in pair.nodes:
         assert node.rows("select * from sync.sync_failures") == []
         assert node.pending() == 0
+
+
+@pytest.mark.xfail(
+    reason="the delete of a parent cascades, unseen by the guard of parents, into a table that is left out for now"
+)
+def test_a_child_in_a_table_whose_partner_is_away_survives_the_delete_of_its_parent(
+    pair: Pair,
+) -> None:
+    """The conflict `parent_deleted`, or a delete that waits until the table is back: but nothing is lost unsaid."""
+    installed(pair)
+    add_accounts(pair.crm, 2)
+    sync_pair(pair)
+    pair.crm.execute("alter table users rename to elsewhere")
+    pair.billing.insert("users", id=9, account_id=1, email="new@x.org")
+    pair.crm.execute("delete from accounts where id = 1")
+    sync_pair(pair)
+    pair.crm.execute("alter table elsewhere rename to users")
+    sync_pair(pair)
+    assert equal(pair)
+    kept = pair.billing.rows("select id from users where id = 9")
+    logged = pair.billing.rows("select from sync.sync_conflicts where table_name = 'users'")
+    assert kept or logged
