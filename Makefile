@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-versions ui bench lint format docs
+.PHONY: help setup demo test test-versions soak ui bench lint format docs
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ test: lint ## lint, then the whole test suite; PYTEST_ARGS adds arguments
 
 test-versions: setup ## the core suite on every supported PostgreSQL found on this machine
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --all-pg-versions -m 'core and not soak' $(PYTEST_ARGS)
+
+soak: setup ## half an hour (SOAK_MINUTES) of faults on both sides, then the long forms of the tests
+	$(BIN)/python -m tests.soak
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m soak $(PYTEST_ARGS)
 
 bench: setup ## measure everything, beside logical replication; BENCH_ARGS=--quick tries it out
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -5,6 +5,7 @@ row, in a row that a later delete took away knowingly, or in a row that the conf
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -57,9 +58,13 @@ class Client:
 
     _numbers = count(1)
 
-    def __init__(self, node: Node, done: Effects, lock_timeout_seconds: float) -> None:
+    def __init__(
+        self, node: Node, done: Effects, lock_timeout_seconds: float, unsure: Effects | None = None
+    ) -> None:
+        """`unsure` gets what was lost with a connection: nobody can know whether it was committed."""
         self.node = node
         self._done = done
+        self._unsure = Effects() if unsure is None else unsure
         self._connection = node.connect()
         self._connection.execute(f"set lock_timeout = '{lock_timeout_seconds}s'".encode())
         self._open: Effects | None = None
@@ -78,10 +83,11 @@ class Client:
     def end(self, *, commits: bool) -> None:
         """Commit or roll back the open transaction, if there is one."""
         if self._open is not None:
-            self._connection.execute("commit" if commits else "rollback")
+            effects, self._open = self._open, None
+            with self._doubt(effects):
+                self._connection.execute("commit" if commits else "rollback")
             if commits:
-                self._done.add(self._open)
-            self._open = None
+                self._done.add(effects)
 
     def close(self) -> None:
         """End the session; what is open rolls back."""
@@ -141,7 +147,11 @@ class Client:
         """Delete a record with everything below it."""
 
         def delete(effects: Effects) -> None:
-            for record, history in self._below(table, [key]):
+            below = list(self._below(table, [key]))
+            if not below:
+                # Somebody may insert it now, and then it would be deleted unseen.
+                return
+            for record, history in below:
                 effects.removed.setdefault(record, set()).update(history)
             self._execute(f"delete from {table} where id = %s", key)
 
@@ -165,15 +175,24 @@ class Client:
                 work(effects)
                 self._open.add(effects)
             else:
-                with self._connection.transaction():
+                with self._doubt(effects), self._connection.transaction():
                     work(effects)
                 self._done.add(effects)
         except _REFUSALS:
             self.end(commits=False)
 
+    @contextmanager
+    def _doubt(self, effects: Effects) -> Iterator[None]:
+        try:
+            yield
+        except psycopg.Error:
+            if self._connection.closed:
+                self._unsure.add(effects)
+            raise
+
     def _below(self, table: str, keys: list[int]) -> Iterator[tuple[Record, list[str]]]:
         rows = self._execute(
-            f"select id, history from {table} where id = any (%s)", keys
+            f"select id, history from {table} where id = any (%s) for update", keys
         ).fetchall()
         yield from (((table, key), history) for key, history in rows)
         for child, (column, parent) in PARENTS.items():
@@ -201,7 +220,7 @@ class Client:
         return self._connection.execute(statement.encode(), args or None)
 
 
-def assert_nothing_is_lost(pair: Pair, done: Effects) -> None:
+def assert_nothing_is_lost(pair: Pair, done: Effects, unsure: Effects | None = None) -> None:
     """Every committed write is in a row, was deleted knowingly, or is in the conflict log; nothing came back unsaid."""
     rows = {
         (table, key): history
@@ -222,10 +241,13 @@ def assert_nothing_is_lost(pair: Pair, done: Effects) -> None:
         # The row that lost; what won is in a row, or was changed again since.
         for token in ((remote if winner == node else local) or {"history": []})["history"]
     }
-    removed = {token for tokens in done.removed.values() for token in tokens}
+    unsure = unsure or Effects()
+    removed = {
+        token for one in (done, unsure) for tokens in one.removed.values() for token in tokens
+    }
     lost = done.written - present - logged - removed
     assert not lost, f"lost writes: {sorted(lost)}"
-    invented = present - done.written
+    invented = present - done.written - unsure.written
     assert not invented, f"writes that nobody committed: {sorted(invented)}"
     explained = {(table, int(key)) for (table, key, *_), _ in log}
     for record, history in rows.items():

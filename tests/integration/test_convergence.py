@@ -1,7 +1,7 @@
 """Random work on both sides, random deaths of the consumer; afterwards everything is as the rules say.
 
 Hypothesis chooses the steps and shrinks a failure to the shortest list of them. Each run has a new seed, printed when
-it fails; `CONVERGENCE_SEED` repeats one, `CONVERGENCE_EXAMPLES` asks for another number of examples.
+it fails; `CONVERGENCE_SEED` repeats one, `CONVERGENCE_EXAMPLES` asks for another number of examples in `make test`.
 """
 
 import logging
@@ -26,7 +26,10 @@ from tests.helpers import Pair, Row, write_config
 from tests.model import LoggedConflict, Model, Record, Work
 from tests.shapes import link
 
-EXAMPLES = int(os.environ.get("CONVERGENCE_EXAMPLES", "20"))
+EXAMPLES = [
+    pytest.param(int(os.environ.get("CONVERGENCE_EXAMPLES", "30")), id="short"),
+    pytest.param(2_000, id="long", marks=[pytest.mark.soak, pytest.mark.timeout(6 * 3600)]),
+]
 STEPS = 30
 # Everything runs in one thread: who waits for a lock would wait for ever.
 LOCK_TIMEOUT_SECONDS = 0.03
@@ -50,10 +53,10 @@ endings = st.sampled_from(["commit", "rollback"])
 # Each write commits by itself, or goes into a transaction that stays open over many steps.
 sessions = st.sampled_from(["own", "held"])
 deaths = st.sampled_from(DEATHS)
-pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 
 
-def explore(machine: Callable[[], RuleBasedStateMachine]) -> None:
+def explore(machine: Callable[[], RuleBasedStateMachine], examples: int) -> None:
     """Run a state machine with a new seed, and say which it was."""
     chosen = int(os.environ.get("CONVERGENCE_SEED") or secrets.randbits(32))
     print(f"CONVERGENCE_SEED={chosen}")
@@ -62,7 +65,7 @@ def explore(machine: Callable[[], RuleBasedStateMachine]) -> None:
     run_state_machine_as_test(
         factory,
         settings=settings(
-            max_examples=EXAMPLES,
+            max_examples=examples,
             stateful_step_count=STEPS,
             deadline=None,
             database=None,
@@ -402,7 +405,8 @@ def put(connection: psycopg.Connection[Row], record: Record, value: str | None) 
         )
 
 
-def test_the_pipeline_does_what_the_rules_say_whoever_dies(pair: Pair) -> None:
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_the_pipeline_does_what_the_rules_say_whoever_dies(pair: Pair, examples: int) -> None:
     prices = {"name": "prices", "conflict": "crm"}
     link(pair, RULES_DDL, "notes", prices, lock_timeout_seconds=LOCK_TIMEOUT_SECONDS)
     consumer = Consumer(pair)
@@ -412,21 +416,24 @@ def test_the_pipeline_does_what_the_rules_say_whoever_dies(pair: Pair) -> None:
             session.execute(f"set lock_timeout = '{LOCK_TIMEOUT_SECONDS}s'".encode())
         sessions[node.name].commit()
     try:
-        explore(lambda: Rules(pair, consumer, sessions))
+        explore(lambda: Rules(pair, consumer, sessions), examples)
     finally:
         consumer.close()
         for session in sessions.values():
             session.close()
 
 
+@pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("batch_size", [10_000, 2], ids=["one batch", "many batches"])
-def test_no_write_is_lost_and_none_comes_back_unsaid(pair: Pair, batch_size: int) -> None:
+def test_no_write_is_lost_and_none_comes_back_unsaid(
+    pair: Pair, batch_size: int, examples: int
+) -> None:
     for node in pair.nodes:
         node.execute(TRACED)
     write_config(pair.config_path, batch_size=batch_size, lock_timeout_seconds=LOCK_TIMEOUT_SECONDS)
     installed(pair)
     consumer = Consumer(pair)
     try:
-        explore(lambda: Families(pair, consumer))
+        explore(lambda: Families(pair, consumer), examples)
     finally:
         consumer.close()
