@@ -243,6 +243,38 @@ join made_of using (indexrelid)
 where (index.indisunique or index.indisexclusion) and index.indisvalid
 order by index.indexrelid
 
+-- name: read_absent_children
+-- Foreign keys to a table from captured tables that are left out for now, with their columns and the parent's.
+select
+    namespace.nspname as schema_name,
+    class.relname as table_name,
+    array(
+        select attribute.attname::text
+        from unnest(reference.conkey) with ordinality as part (attnum, position)
+        join pg_catalog.pg_attribute as attribute
+            on attribute.attrelid = reference.conrelid and attribute.attnum = part.attnum
+        order by part.position
+    ) as columns,
+    array(
+        select attribute.attname::text
+        from unnest(reference.confkey) with ordinality as part (attnum, position)
+        join pg_catalog.pg_attribute as attribute
+            on attribute.attrelid = reference.confrelid and attribute.attnum = part.attnum
+        order by part.position
+    ) as parent_columns
+from pg_catalog.pg_constraint as reference
+join pg_catalog.pg_class as class on class.oid = reference.conrelid
+join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnamespace
+where reference.confrelid = %(parent)s
+    and reference.contype = 'f'
+    and reference.conrelid <> all (%(known)s::oid[])
+    and exists (
+        select from pg_catalog.pg_trigger as trigger
+        join pg_catalog.pg_proc as function on function.oid = trigger.tgfoid
+        where trigger.tgrelid = reference.conrelid
+            and function.pronamespace = pg_catalog.to_regnamespace('{schema}')
+    )
+
 -- name: take_lock
 -- True when this session now leads: the node's advisory lock, derived from the pipeline's own schema.
 select pg_catalog.pg_try_advisory_lock(

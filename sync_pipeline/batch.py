@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 import psycopg
+from psycopg import sql
 
 from sync_pipeline import capture, clocks, conflicts, isolation, ledger, parking, queries
 from sync_pipeline.applier import Applier, Refusal, Step
@@ -59,8 +60,9 @@ class Batch:
         self._failures: list[Failure] = []
         self._conflicts: dict[str, int] = {}
         self._lost: dict[str, int] = {}
-        # How many records to be deleted stay, by table, in this savepoint.
+        # How many records to be deleted stay, by table, in this savepoint, and which wait.
         self._kept: dict[str, int] = {}
+        self._waiting: dict[str, list[str]] = {}
         # Rows with greater numbers were brought along: they have no events in this batch.
         self._last_number = self.intake.last_number
 
@@ -236,6 +238,7 @@ class Batch:
         self._done = []
         self._parked = {}
         self._kept = {}
+        self._waiting = {}
         self.counts = {}
 
     def _savepoint(self) -> None:
@@ -248,12 +251,34 @@ class Batch:
         if step.phase != "delete":
             return
         applier = self.applier
+        if applier.catalog.left_out:
+            for table in step.tables:
+                self._await_absent_children(table)
         guarded = [table for table in step.tables if table in applier.catalog.referenced]
         for table in guarded:
             self._connection.execute(applier.statements(table).lock_gone)
         # A parent that stays refers to parents itself: those may be among the records of this very step.
         while any(self._keep_referenced(step, table) for table in guarded):
             pass
+
+    def _await_absent_children(self, table: str) -> None:
+        """Let a delete wait while a row refers to it whose table is left out: nobody can say whose work that row is."""
+        applier = self.applier
+        parent = applier.statements(table)
+        known = [applier.catalog.relation(self.target, each).oid for each in applier.catalog.tables]
+        references = self._connection.execute(
+            query(queries.get("read_absent_children", self._schema)),
+            {"parent": parent.relation.oid, "known": known},
+        ).fetchall()
+        if references:
+            self._connection.execute(parent.lock_gone)
+        for schema, child, columns, own_columns in references:
+            rows = self._connection.execute(
+                parent.referenced_from(sql.Identifier(schema, child), columns, own_columns)
+            ).fetchall()
+            if rows:
+                applier.unstage([number for number, _ in rows], table)
+                self._waiting.setdefault(table, []).extend(record_id for _, record_id in rows)
 
     def _keep_referenced(self, step: Step, table: str) -> bool:
         applier = self.applier
@@ -361,6 +386,14 @@ class Batch:
             self.applier.unstage([r.number for r in refused if r.table == table], table)
 
     def _record(self) -> None:
+        waiting = [
+            change.ids
+            for table, record_ids in self._waiting.items()
+            for change in self._changes(table, record_ids).values()
+            if change.ids is not None
+        ]
+        if waiting:
+            self.intake.leave(self._without(waiting))
         left_out: list[str] = []
         for table in dict.fromkeys(part.table for part in self.intake.parts):
             parts = self.intake.of([table])
@@ -375,19 +408,17 @@ class Batch:
             self._connection,
             self._schema,
             self.source,
-            self._applied_ids(left_out),
+            self._without(left_out),
             self.snapshot.read_at,
         )
         self._count()
 
-    def _applied_ids(self, left_out: list[str]) -> str:
-        """Return the ids of the batch without those of records that failed: a recovery must leave these alone."""
-        if not left_out:
+    def _without(self, ids: list[str]) -> str:
+        """Return the ids of the batch without some: a recovery must leave those of records that failed alone."""
+        if not ids:
             return self.intake.ids
         statement = query(queries.get("subtract_ids", self._schema))
-        return str(
-            scalar(self._connection, statement, {"ids": self.intake.ids, "left_out": left_out})
-        )
+        return str(scalar(self._connection, statement, {"ids": self.intake.ids, "left_out": ids}))
 
     def _count(self) -> None:
         for part in self.intake.parts:
@@ -400,6 +431,10 @@ class Batch:
             staged[part.table] = staged.get(part.table, 0) + part.count
         for table, number in staged.items():
             entry = self.counts[table]
-            lost = self._lost.get(table, 0) + self._kept.get(table, 0)
-            written = entry.upserted + entry.deleted + entry.failed + lost
-            entry.unchanged = max(0, number - written)
+            not_written = (
+                self._lost.get(table, 0)
+                + self._kept.get(table, 0)
+                + len(self._waiting.get(table, []))
+            )
+            written = entry.upserted + entry.deleted + entry.failed
+            entry.unchanged = max(0, number - written - not_written)

@@ -236,7 +236,7 @@ class Pass:
         batch.finish()
         self._acknowledger.submit(batch)
         self.report.batches += 1
-        self.report.events += sum(part.events for part in batch.intake.parts)
+        self.report.events += batch.intake.events
         for table, counts in batch.counts.items():
             self.report.table(table).add(counts)
         batch.intake.discard()

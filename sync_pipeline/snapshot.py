@@ -1,5 +1,6 @@
 """The source's side of a pass, read: one snapshot, the events that batches take from it, the rows of their records."""
 
+import re
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,6 +70,17 @@ class Intake:
     ids: str = EMPTY
     last_id: int = 0
     oldest_at: datetime | None = None
+    # How many of its events are left to wait on the source.
+    left: int = 0
+
+    @property
+    def events(self) -> int:
+        """How many events it consumes."""
+        return sum(part.events for part in self.parts) - self.left
+
+    def leave(self, ids: str) -> None:
+        """Consume only these of the ids; the others wait."""
+        self.left, self.ids = _count(self.ids) - _count(ids), ids
 
     @property
     def size(self) -> int:
@@ -329,6 +341,11 @@ group by given.record_id"""
                 sql.SQL("given.{0} = changes.{0}").format(key) for key in keys
             ),
         )
+
+
+def _count(ids: str) -> int:
+    """How many ids there are in ranges such as `{[1,5),[7,8)}`."""
+    return sum(int(end) - int(start) for start, end in re.findall(r"\[(\d+),(\d+)\)", ids))
 
 
 @contextmanager

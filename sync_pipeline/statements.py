@@ -276,6 +276,25 @@ class TableStatements:
             going=going,
         )
 
+    def referenced_from(
+        self, child: sql.Identifier, columns: list[str], own_columns: list[str]
+    ) -> sql.Composed:
+        """Return number and id of records about to be deleted that a row of a table which is not synced refers to."""
+        return sql.SQL(
+            "select s.n, {record_id} from {stage} as s join {target} as t on {same_key} "
+            "where not s.present and exists (select from {child} as c where {reference}) order by s.n"
+        ).format(
+            record_id=self.record_id(),
+            stage=self.stage,
+            target=self.target,
+            same_key=self.same_key(),
+            child=child,
+            reference=sql.SQL(" and ").join(
+                sql.SQL("c.{} = t.{}").format(sql.Identifier(mine), sql.Identifier(theirs))
+                for mine, theirs in zip(columns, own_columns, strict=True)
+            ),
+        )
+
     def children_left(
         self, child: "TableStatements", key: ForeignKey, schema: str, *, child_is_staged: bool
     ) -> sql.Composed:
