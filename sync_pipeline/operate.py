@@ -284,6 +284,15 @@ def backfill(
                 yield BackfillStep(relation.table, chunk.marked, chunk.last)
 
 
+def backfill_part(config: Config, connections: Connections, plan: Backfill, condition: str) -> int:
+    """Mark the rows of the planned tables that meet a condition, a statement for each table; return how many."""
+    with _asking(plan.node):
+        return sum(
+            marks.mark_rows(connections[plan.node], config.schema_name, relation, condition)
+            for relation in plan.relations
+        )
+
+
 def pause(config: Config, connections: Connections) -> None:
     """Stop consumption of the link; capture goes on. One node that knows is enough to stop it."""
     _change(config, connections, "pause", {})

@@ -83,13 +83,13 @@ def alert_sensor(
         ]
         failed = _failed_runs(context.instance, names, known.runs_until)
         news += [
-            Alert(link, f"run {run_id}", f"run {run_id[:8]} of {job} failed")
-            for run_id, job, _ in failed
+            Alert(link, f"run {run_id}", f"run {run_id[:8]} of {job} failed{reason}")
+            for run_id, job, reason, _ in failed
         ]
         for item in news:
             for channel in channels:
                 channel(item)
-        until = max([known.runs_until, *(ended for _, _, ended in failed)])
+        until = max([known.runs_until, *(ended for *_, ended in failed)])
         return dg.SensorResult(
             cursor=_Cursor(found, until).text,
             skip_reason="; ".join(map(str, news)) or _still(found),
@@ -139,8 +139,8 @@ def _lags(statuses: Statuses, lag_seconds: float) -> Iterator[tuple[str, str]]:
 
 def _failed_runs(
     instance: dg.DagsterInstance, names: Names, after: float
-) -> list[tuple[str, str, float]]:
-    """Return id, job and end of the link's runs that failed after a moment, the oldest first."""
+) -> list[tuple[str, str, str, float]]:
+    """Return id, job, reason and end of the link's runs that failed after a moment, the oldest first."""
     filters = dg.RunsFilter(
         statuses=[dg.DagsterRunStatus.FAILURE],
         tags=names.tags,
@@ -153,11 +153,25 @@ def _failed_runs(
         (
             record.dagster_run.run_id,
             record.dagster_run.job_name,
+            _reason(instance, record.dagster_run.run_id),
             record.update_timestamp.timestamp(),
         )
         for record in records
         if record.update_timestamp.timestamp() > after
     ]
+
+
+def _reason(instance: dg.DagsterInstance, run_id: str) -> str:
+    """Return what the failed op says; nothing for a run that ended without a word, such as a killed one."""
+    found = instance.get_records_for_run(
+        run_id, of_type=dg.DagsterEventType.STEP_FAILURE, limit=1
+    ).records
+    for record in found:
+        event = record.event_log_entry.dagster_event
+        said = event.step_failure_data.user_failure_data if event is not None else None
+        if said is not None and said.description:
+            return f": {said.description}"
+    return ""
 
 
 def _still(problems: dict[str, str]) -> str:

@@ -5,12 +5,13 @@ from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import dagster as dg
+import psycopg
 from psycopg import sql
 from pydantic import Field
 
-from sync_pipeline import marks, operate
+from sync_pipeline import operate
 from sync_pipeline.config import Config, TableConfig
-from sync_pipeline.database import Connection, connected
+from sync_pipeline.database import Connection, connected, in_words
 from sync_pipeline.defs.names import Names
 from sync_pipeline.defs.session import Session, failure
 from sync_pipeline.errors import SyncPipelineError
@@ -76,9 +77,7 @@ def backfill_slice(context: dg.OpExecutionContext) -> None:
     def mark(connections: dict[str, Connection]) -> int:
         plan = operate.plan_backfill(config, connections, node, [table.name])
         (relation,) = plan.relations
-        return marks.mark_rows(
-            connections[node], config.schema_name, relation, _in_slice(relation, number)
-        )
+        return operate.backfill_part(config, connections, plan, _in_slice(relation, number))
 
     marked = _with_connections(config, mark)
     context.log.info("marked %s records of %s on %s", marked, table.name, node)
@@ -176,3 +175,5 @@ def _with_connections(config: Config, work: Callable[[dict[str, Connection]], T]
             return work(connections)
     except SyncPipelineError as error:
         raise failure(error) from None
+    except psycopg.Error as error:
+        raise failure(SyncPipelineError(in_words(error))) from None

@@ -30,6 +30,31 @@ def direction_metadata(report: DirectionReport, lag_after: float) -> Metadata:
     return numbers
 
 
+def run_metadata(directions: Iterable[tuple[DirectionReport, float]]) -> dg.TableMetadataValue:
+    """Return the numbers of a whole run, a record for each direction with its lag before and after."""
+    return dg.MetadataValue.table(
+        [
+            dg.TableRecord(
+                {
+                    "direction": report.name,
+                    **asdict(report.total),
+                    "lag_seconds_before": round(report.lag_seconds, 3),
+                    "lag_seconds_after": round(lag_after, 3),
+                }
+            )
+            for report, lag_after in directions
+        ]
+    )
+
+
+def sum_of(reports: Iterable[DirectionReport]) -> Counts:
+    """Add up what several directions did."""
+    total = Counts()
+    for report in reports:
+        total.add(report.total)
+    return total
+
+
 def observations(names: Names, reports: Iterable[DirectionReport]) -> Iterator[dg.AssetObservation]:
     """Yield what passes did as one observation of each table's asset over both nodes; these draw its plots."""
     tables: dict[str, tuple[Counts, float]] = {}

@@ -7,7 +7,7 @@ import dagster as dg
 
 from sync_pipeline.defs.glance import leading, look
 from sync_pipeline.defs.names import Names
-from sync_pipeline.errors import NotInstalled
+from sync_pipeline.errors import SyncPipelineError
 
 MINIMUM_INTERVAL_SECONDS = 5
 # A run that was started and does not lead after this long is dead or has nothing to do.
@@ -34,7 +34,10 @@ def sync_sensor(names: Names, job: dg.JobDefinition) -> dg.SensorDefinition:
         description="Asks for a pass when changes wait on either node and no worker leads.",
     )
     def sync(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        seen = look(config)
+        try:
+            seen = look(config)
+        except SyncPipelineError as error:
+            return dg.SkipReason(str(error))
         if seen.obstacle is not None:
             return dg.SkipReason(seen.obstacle)
         if not seen.waiting:
@@ -73,7 +76,7 @@ def stream_sensor(
     def stream(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         try:
             leader = leading(config)
-        except NotInstalled as error:
+        except SyncPipelineError as error:
             return dg.SkipReason(str(error))
         within_budget = 0
         for run_id, seconds in _in_progress(context.instance, job.name):

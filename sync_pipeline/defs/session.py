@@ -16,13 +16,23 @@ from sync_pipeline.defs.names import Names
 from sync_pipeline.errors import LockTaken, SyncPipelineError
 from sync_pipeline.link import Link, lead
 from sync_pipeline.passes import Pass
-from sync_pipeline.records import Counts
+from sync_pipeline.records import DirectionReport
 
 CANCEL_ROUNDS = 10
 CANCEL_ROUND_SECONDS = 0.05
 CANCEL_TIMEOUT_SECONDS = 0.5
 
+PAUSED = "the link is paused; `sync-pipeline resume` ends that"
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What one direction of this run did, and the age of the oldest event that was left on its source."""
+
+    report: DirectionReport
+    lag_seconds_after: float
 
 
 @dataclass
@@ -30,8 +40,8 @@ class Session:
     """What the ops of a run share: the configuration, the link once one of them leads, the pass that is under way."""
 
     names: Names
-    stood_back: LockTaken | None = field(default=None, init=False)
-    done: Counts = field(default_factory=Counts, init=False)
+    stood_back: str | None = field(default=None, init=False)
+    done: list[Done] = field(default_factory=list, init=False)
     _link: Link | None = field(default=None, init=False)
     _current: Pass | None = field(default=None, init=False)
     _exits: ExitStack = field(default_factory=ExitStack, init=False)
@@ -43,12 +53,21 @@ class Session:
         return self.names.config
 
     def lead(self) -> Link | None:
-        """Take both locks on the first call. None when another worker leads: `stood_back` says who, for this run."""
+        """Take both locks on the first call.
+
+        None when another worker leads or the link is paused: `stood_back` says which, for this run.
+        """
         if self.stood_back is None and self._link is None:
             try:
-                self._link = self._exits.enter_context(lead(self.config))
+                with passes.interruptions():
+                    link = self._exits.enter_context(lead(self.config))
+                    if link.is_paused():
+                        self._exits.close()
+                        self.stood_back = PAUSED
+                        return None
+                    self._link = link
             except LockTaken as error:
-                self.stood_back = error
+                self.stood_back = str(error)
         return self._link
 
     def begin(self, source: str, target: str) -> Pass:

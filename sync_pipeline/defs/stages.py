@@ -5,9 +5,16 @@ from typing import Any
 
 import dagster as dg
 
-from sync_pipeline.defs.metadata import counts_in_words, direction_metadata, observations, sentence
+from sync_pipeline.defs.metadata import (
+    counts_in_words,
+    direction_metadata,
+    observations,
+    run_metadata,
+    sentence,
+    sum_of,
+)
 from sync_pipeline.defs.names import Names
-from sync_pipeline.defs.session import Session, failure
+from sync_pipeline.defs.session import Done, Session, failure
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.passes import Pass
 
@@ -99,17 +106,22 @@ def process_dependents(context: dg.OpExecutionContext, parents: Stage) -> Stage:
         session.end()
     except SyncPipelineError as error:
         raise failure(error) from None
-    context.add_output_metadata(direction_metadata(report, lag_after))
+    session.done.append(Done(report, lag_after))
+    metadata = direction_metadata(report, lag_after)
+    if len(session.done) == len(session.names.directions):
+        metadata["run"] = run_metadata(
+            (done.report, done.lag_seconds_after) for done in session.done
+        )
+    context.add_output_metadata(metadata)
     context.log.info(sentence(report))
     for warning in report.warnings:
         context.log.warning(warning)
     for observation in observations(session.names, [report]):
         context.log_event(observation)
-    if report.did_something:
-        session.done.add(report.total)
-        context.instance.add_run_tags(
-            context.run_id, {"sync/result": counts_in_words(session.done)}
-        )
+    context.instance.add_run_tags(
+        context.run_id,
+        {"sync/result": counts_in_words(sum_of(done.report for done in session.done))},
+    )
     return Stage(report.name, "done")
 
 

@@ -19,6 +19,7 @@ from sync_pipeline.stream import Listener, Totals
 
 DEFAULT_BUDGET_SECONDS = 600.0
 OBSERVE_SECONDS = 30.0
+LEADS = "leads"
 
 
 class StreamConfig(dg.Config):
@@ -51,7 +52,7 @@ def stream_changes(context: dg.OpExecutionContext, config: StreamConfig) -> Iter
     try:
         with beside(work, lambda: following.link) as running:
             try:
-                yield from _tell(context, session.names, following)
+                yield from _tell(context, session.names, following, config.seconds)
                 totals = running.result()
             finally:
                 stop.set()
@@ -114,7 +115,7 @@ class _Following:
 
     def _lead(self) -> None:
         self._standing_by = False
-        self.say("leads")
+        self.say(LEADS)
 
     def _stand_by(self, error: LockTaken) -> None:
         # Once, not at every try.
@@ -145,15 +146,25 @@ def _merge(reports: list[DirectionReport], new: DirectionReport) -> None:
 
 
 def _tell(
-    context: dg.OpExecutionContext, names: Names, following: _Following
+    context: dg.OpExecutionContext, names: Names, following: _Following, seconds: float
 ) -> Iterator[dg.AssetObservation]:
-    due = time.monotonic() + OBSERVE_SECONDS
-    while (sentence := following.next_sentence(due - time.monotonic())) is not None:
+    """Yield observations, the last ones at the end, with `OBSERVE_SECONDS` between them at least.
+
+    A run that takes over has told nothing yet, but the one before it may just have: the time begins when it leads.
+    """
+    now = time.monotonic()
+    end, due = now + seconds, now + OBSERVE_SECONDS
+    while (sentence := following.next_sentence(due - now)) is not None:
+        now = time.monotonic()
         if sentence:
             context.log.info(sentence)
-        if time.monotonic() >= due:
-            due = time.monotonic() + OBSERVE_SECONDS
-            yield from observations(names, following.take_reports())
+        if sentence == LEADS:
+            due = now + OBSERVE_SECONDS
+        elif now >= due:
+            due = now + OBSERVE_SECONDS
+            # What is told now would be too close to what is told at the end: that tells both.
+            if now < end - OBSERVE_SECONDS:
+                yield from observations(names, following.take_reports())
     yield from observations(names, following.take_reports())
 
 

@@ -11,7 +11,7 @@ from sync_pipeline.defs.checks import LAG, Statuses, judge, key_of
 from sync_pipeline.defs.glance import table_statuses
 from sync_pipeline.defs.metadata import seconds
 from sync_pipeline.defs.names import Names
-from sync_pipeline.errors import NotInstalled
+from sync_pipeline.errors import SyncPipelineError
 
 INTERVAL_SECONDS = 60
 # What does not change is told again after this long, so that a quiet table does not look forgotten.
@@ -35,7 +35,7 @@ def watch_sensor(names: Names, lag_seconds: float) -> dg.SensorDefinition:
     def watch(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         try:
             statuses = table_statuses(names.config)
-        except NotInstalled as error:
+        except SyncPipelineError as error:
             return dg.SkipReason(str(error))
         told, events = _news(names, statuses, lag_seconds, json.loads(context.cursor or "{}"))
         return dg.SensorResult(

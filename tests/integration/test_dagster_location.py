@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from shutil import copyfile
@@ -25,18 +24,6 @@ from tests.helpers import Cluster, Pair, write_config
 PRUNE_ALL = {"ops": {"prune": {"config": {"keep_days": 0}}}}
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = {"sync_job", "stream_job", "replay_job", "backfill_job", "verify_job", "maintenance_job"}
-
-
-@pytest.fixture
-def link(pair: Pair) -> Pair:
-    installed(pair)
-    return pair
-
-
-@pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    with dagster_runs.instance() as instance:
-        yield instance
 
 
 def test_a_code_location_loads_while_both_nodes_are_down(

@@ -1,8 +1,10 @@
 """Replay, backfill, verify, checks, observations and alerts, run in the process of the test."""
 
 import json
+import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -19,21 +21,14 @@ USERS = dg.AssetKey(["sync", "users"])
 
 
 @pytest.fixture
-def link(pair: Pair) -> Pair:
+def link(link: Pair) -> Pair:
     """Two installed databases with one account and forty users each, all synced."""
-    installed(pair)
-    pair.crm.insert("accounts", id=1, name="one")
-    pair.crm.execute(
+    link.crm.insert("accounts", id=1, name="one")
+    link.crm.execute(
         "insert into users (id, account_id, email) select n, 1, n || '@x.org' from generate_series(1, 40) n"
     )
-    sync_pair(pair)
-    return pair
-
-
-@pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    with dagster_runs.instance() as instance:
-        yield instance
+    sync_pair(link)
+    return link
 
 
 def drift(node: Node, statement: str) -> None:
@@ -93,6 +88,21 @@ def test_the_slices_of_a_backfill_mark_every_row_once_from_the_node_of_the_tag(
     assert 0 < link.crm.pending() < 40
     sync_pair(link)
     assert equal(link)
+
+
+def test_a_slice_that_cannot_be_marked_fails_in_one_line_without_a_value(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    link.crm.execute("alter table sync.sync_events add check (record_id <> '7')")
+    partitions = dagster_runs.definitions(link).resolve_job_def("backfill_job").partitions_def
+    assert partitions is not None
+    slices = [key for key in partitions.get_partition_keys() if key.startswith("users/")]
+    failed = [
+        r for key in slices if not (r := run(link, instance, "backfill_job", partition=key)).success
+    ]
+    assert [failure_of(result) for result in failed] == [
+        "crm: check violation (SQLSTATE 23514, table sync_events, constraint sync_events_record_id_check)"
+    ]
 
 
 def test_a_slice_of_a_table_with_a_composite_key_is_marked(
@@ -216,7 +226,9 @@ def test_a_failed_run_of_the_link_is_told_once(link: Pair, instance: dg.DagsterI
     failed = run(link, instance, "replay_job", config=replay(keys=["x"]))
     second = tick(link, instance, "alert_sensor", cursor=first.cursor, channels=channels)
     tick(link, instance, "alert_sensor", cursor=second.cursor, channels=channels)
-    assert told == [f"crm-billing: run {failed.run_id[:8]} of replay_job failed"]
+    assert told == [
+        f"crm-billing: run {failed.run_id[:8]} of replay_job failed: {failure_of(failed)}"
+    ]
 
 
 def test_a_node_that_cannot_be_reached_is_an_alert(
@@ -233,47 +245,63 @@ def test_a_node_that_cannot_be_reached_is_an_alert(
     assert "hunter2" not in told[0]
 
 
-def test_the_webhook_gets_the_alert_as_json() -> None:
-    got: list[dict[str, Any]] = []
+@contextmanager
+def webhook(got: list[dict[str, Any]], answers: Sequence[int]) -> Iterator[str]:
+    """A server of a team's channel that answers as told, one request each; the block gets its address."""
+    statuses = iter(answers)
 
     class Receiver(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            got.append(json.loads(body))
-            self.send_response(204)
+            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(next(statuses))
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as the base class has it
             """Say nothing."""
 
     with HTTPServer(("127.0.0.1", 0), Receiver) as server:
-        thread = threading.Thread(target=server.handle_request)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
-        webhook_channel(f"http://127.0.0.1:{server.server_port}/hook")(
-            Alert("crm-billing", "lag on crm", "changes on crm wait")
-        )
-        thread.join(10)
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/hook"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_alerts_go_to_the_log_and_to_the_webhook_of_the_environment(
+    link: Pair,
+    instance: dg.DagsterInstance,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    link.crm.execute("update users set name = 'new' where id = 1")
+    link.crm.execute("update sync.sync_events set created_at = now() - interval '1 hour'")
+    got: list[dict[str, Any]] = []
+    with webhook(got, [204]) as address:
+        monkeypatch.setenv("SYNC_ALERT_WEBHOOK", address)
+        tick(link, instance, "alert_sensor")
+    text = "crm-billing: changes on crm wait for more than 300 seconds"
     assert got == [
-        {
-            "link": "crm-billing",
-            "subject": "lag on crm",
-            "text": "crm-billing: changes on crm wait",
-            "resolved": False,
-        }
+        {"link": "crm-billing", "subject": "lag on crm", "text": text, "resolved": False}
     ]
+    assert (logging.ERROR, text) in [(entry.levelno, entry.message) for entry in caplog.records]
 
 
-def test_a_webhook_that_refuses_fails_the_tick_so_that_the_alert_is_sent_again() -> None:
-    class Refusal(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.send_error(503)
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as the base class has it
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Refusal) as server:
-        thread = threading.Thread(target=server.handle_request)
-        thread.start()
+def test_an_alert_that_could_not_be_delivered_is_sent_again(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    link.billing.execute(
+        "insert into sync.sync_failures (table_name, record_id, state, error_class, error)"
+        " values ('users', '7', 'dead', '23514', 'no')"
+    )
+    got: list[dict[str, Any]] = []
+    with webhook(got, [503, 204]) as address:
+        channels = [webhook_channel(address)]
         with pytest.raises(OSError, match="503"):
-            webhook_channel(f"http://127.0.0.1:{server.server_port}/")(Alert("l", "s", "t"))
-        thread.join(10)
+            tick(link, instance, "alert_sensor", channels=channels)
+        done = tick(link, instance, "alert_sensor", channels=channels)
+    assert [one["subject"] for one in got] == ["dead letters of users on billing"] * 2
+    assert tick(link, instance, "alert_sensor", cursor=done.cursor, channels=channels).skipped == (
+        "still: users on billing has dead letters"
+    )

@@ -1,30 +1,23 @@
 """`stream_job` and `stream_sensor`, run in the process of the test."""
 
-from collections.abc import Iterator
-from threading import Thread
+import time
+from itertools import pairwise
+from threading import Event, Thread
+from types import SimpleNamespace
+from typing import Any
 
 import dagster as dg
 import pytest
 
 from sync_pipeline import link as links
+from sync_pipeline.defs import sensors, streaming
 from tests import dagster_runs
 from tests.dagster_runs import failure_of, run, tick
-from tests.engine import config_of, equal, installed
+from tests.engine import config_of, equal
 from tests.helpers import Pair
 
+ACCOUNTS = dg.AssetKey(["sync", "accounts"])
 BRIEFLY = {"ops": {"stream_changes": {"config": {"seconds": 2}}}}
-
-
-@pytest.fixture
-def link(pair: Pair) -> Pair:
-    installed(pair)
-    return pair
-
-
-@pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    with dagster_runs.instance() as instance:
-        yield instance
 
 
 def test_a_stream_run_applies_changes_until_its_budget_is_over_and_tells_what_it_did(
@@ -38,10 +31,39 @@ def test_a_stream_run_applies_changes_until_its_budget_is_over_and_tells_what_it
     assert result.success
     assert equal(link)
     seen = [event.asset_key for event in result.get_asset_observation_events()]
-    assert seen == [dg.AssetKey(["sync", "accounts"])]
+    assert seen == [ACCOUNTS]
     stored = instance.get_run_by_id(result.run_id)
     assert stored is not None
     assert "2 upserted" in stored.tags["sync/result"]
+
+
+def test_a_stream_run_tells_of_a_table_now_and_then_and_the_rest_at_its_end(
+    link: Pair, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "OBSERVE_SECONDS", 0.6)
+    over = Event()
+
+    def work() -> None:
+        with link.crm.connect() as application:
+            number = 0
+            while not over.wait(0.02):
+                number += 1
+                application.execute("insert into accounts values (%s, 'x')", [number])
+
+    load = Thread(target=work)
+    load.start()
+    result = run(link, instance, "stream_job", config=BRIEFLY)
+    over.set()
+    load.join()
+    told = [
+        (event.event_log_entry.timestamp, event.asset_observation)
+        for event in instance.fetch_observations(ACCOUNTS, limit=100, ascending=True).records
+    ]
+    assert result.success
+    assert 1 < len(told) <= 3
+    assert all(later - sooner >= 0.55 for (sooner, _), (later, _) in pairwise(told))
+    rows: list[Any] = [observation.metadata["rows"].value for _, observation in told if observation]
+    assert sum(rows) == len(link.billing.rows("accounts"))
 
 
 def test_a_stream_run_stands_by_while_another_worker_leads(
@@ -70,8 +92,46 @@ def test_the_stream_sensor_asks_for_a_run_when_nobody_leads_and_for_no_second_on
     asked = tick(link, instance, "stream_sensor")
     assert len(asked.requests) == 1
     assert asked.requests[0].run_key is None
-    job = dagster_runs.definitions(link).resolve_job_def("stream_job")
-    instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+    assert asked.requests[0].tags["sync/asked_by"] == "nobody leads"
+    start_stream(link, instance)
     again = tick(link, instance, "stream_sensor")
     assert again.requests == []
     assert "was asked for and leads or stands by" in again.skipped
+
+
+def test_the_stream_sensor_has_a_successor_stand_by_before_a_run_ends(
+    link: Pair, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_stream(link, instance)
+    with links.lead(config_of(link)):
+        pass_time(monkeypatch, 500)
+        early = tick(link, instance, "stream_sensor")
+        pass_time(monkeypatch, 560)
+        due = tick(link, instance, "stream_sensor")
+        start_stream(link, instance)
+        pass_time(monkeypatch, 570)
+        enough = tick(link, instance, "stream_sensor")
+    assert early.requests == []
+    assert "100 seconds left; backend " in early.skipped
+    assert len(due.requests) == 1
+    assert enough.requests == []
+
+
+def test_the_stream_sensor_replaces_a_run_that_only_seems_to_run(
+    link: Pair, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_stream(link, instance)
+    pass_time(monkeypatch, 300)
+    assert len(tick(link, instance, "stream_sensor").requests) == 1
+
+
+def start_stream(pair: Pair, instance: dg.DagsterInstance) -> None:
+    """Put a run into the list that is shown as running, and do nothing else."""
+    job = dagster_runs.definitions(pair).resolve_job_def("stream_job")
+    instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+
+
+def pass_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let the sensors see a clock that much ahead."""
+    ahead = SimpleNamespace(time=lambda: time.time() + seconds)
+    monkeypatch.setattr(sensors, "time", ahead)

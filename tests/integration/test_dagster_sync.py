@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
@@ -13,23 +12,10 @@ from sync_pipeline import definitions
 from sync_pipeline import link as links
 from tests import dagster_runs
 from tests.dagster_runs import failure_of, metadata, run, tick
-from tests.engine import config_of, equal, installed
+from tests.engine import config_of, equal
 from tests.helpers import Node, Pair
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def link(pair: Pair) -> Pair:
-    """Two empty databases with the pipeline installed."""
-    installed(pair)
-    return pair
-
-
-@pytest.fixture
-def instance() -> Iterator[dg.DagsterInstance]:
-    with dagster_runs.instance() as instance:
-        yield instance
 
 
 def sync_job() -> dg.JobDefinition:
@@ -40,6 +26,13 @@ def add_family(node: Node, account: int = 1) -> None:
     node.insert("accounts", id=account, name=f"account {account}")
     node.insert("users", id=account * 10, account_id=account, email=f"u{account}@x.org", age=30)
     node.insert("orders", id=account * 100, user_id=account * 10, amount="12.50", note="first")
+
+
+def tags(instance: dg.DagsterInstance, result: dg.ExecuteInProcessResult) -> dict[str, str]:
+    """The pipeline's own tags of a run."""
+    stored = instance.get_run_by_id(result.run_id)
+    assert stored is not None
+    return {key: value for key, value in stored.tags.items() if key.startswith("sync/")}
 
 
 def test_one_run_makes_both_databases_equal(link: Pair, instance: dg.DagsterInstance) -> None:
@@ -66,6 +59,15 @@ def test_a_run_tells_what_it_did_to_each_table_and_no_row_of_it(
     assert (told["upserted"], told["deleted"], told["events"]) == (3, 0, 4)
     assert [record["table"] for record in told["tables"]] == ["accounts", "orders", "users"]
     assert told["lag_seconds_before"] >= 0
+    (first, second) = metadata(result, "billing_to_crm.process_dependents")["run"]
+    assert (first["direction"], first["upserted"]) == ("crm->billing", 3)
+    assert (second["direction"], second["upserted"]) == ("billing->crm", 0)
+    assert first["lag_seconds_before"] > first["lag_seconds_after"] == 0
+    assert tags(instance, result) == {
+        "sync/link": "crm-billing",
+        "sync/exclusive": "sync_job",
+        "sync/result": "3 upserted",
+    }
     assert not any("secret" in str(entry) for entry in instance.all_logs(result.run_id))
 
 
@@ -79,9 +81,20 @@ def test_a_run_that_finds_the_lock_taken_succeeds_does_nothing_and_says_who_lead
     assert result.success
     assert link.billing.rows("accounts") == []
     assert f"backend {leader}" in metadata(result, "crm_to_billing.fetch_dependents")["stood_back"]
-    stored = instance.get_run_by_id(result.run_id)
-    assert stored is not None
-    assert f"backend {leader}" in stored.tags["sync/result"]
+    assert f"backend {leader}" in tags(instance, result)["sync/result"]
+
+
+def test_a_run_of_a_paused_link_succeeds_does_nothing_and_says_so(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    add_family(link.crm)
+    link.billing.execute("update sync.sync_node set paused_at = now()")
+    result = run(link, instance)
+    assert result.success
+    assert link.billing.rows("accounts") == []
+    assert "the link is paused" in tags(instance, result)["sync/result"]
+    with links.lead(config_of(link)):
+        pass
 
 
 def test_re_execution_from_the_middle_is_refused_in_plain_words(
@@ -150,6 +163,20 @@ def test_the_sensor_says_that_the_link_is_paused_or_not_installed(
     assert "paused on crm since" in tick(link, instance).skipped
     link.crm.execute("drop schema sync cascade")
     assert "run `sync-pipeline install`" in tick(link, instance).skipped
+
+
+@pytest.mark.parametrize("sensor", ["sync_sensor", "stream_sensor", "watch_sensor"])
+def test_a_sensor_skips_in_one_line_without_a_password_while_a_node_is_down(
+    link: Pair, instance: dg.DagsterInstance, sensor: str
+) -> None:
+    nobody = "host=127.0.0.1 port=1 dbname=none password=hunter2"
+    text = link.config_path.read_text().replace("${BILLING_DSN}", nobody)
+    link.config_path.write_text(text)
+    skipped = tick(link, instance, sensor).skipped
+    assert skipped.startswith("billing: cannot connect: ")
+    assert skipped.endswith("; check the dsn, the network and pg_hba.conf")
+    assert "hunter2" not in skipped
+    assert "\n" not in skipped
 
 
 def test_the_sensor_never_asks_twice_for_the_same_work(
