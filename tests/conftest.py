@@ -26,6 +26,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the tests marked `core` on every other supported version found here, too",
     )
 
+    parser.getgroup("Dagster").addoption(
+        "--screenshots",
+        type=Path,
+        metavar="DIRECTORY",
+        help="where the tests marked `browser` write what they see (default: nowhere that is kept)",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     version = config.getoption("--pg-version")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -9,8 +10,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -18,9 +19,9 @@ from unittest.mock import patch
 
 import dagster as dg
 import psutil
+from psycopg.conninfo import conninfo_to_dict
 
 from tests import deployment
-from tests.helpers import Pair
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / "dagster_home"
@@ -30,6 +31,18 @@ LOOK_SECONDS = 0.1
 ENDED = {"SUCCESS", "FAILURE", "CANCELED"}
 
 T = TypeVar("T")
+
+
+def storage_environment(dsn: str) -> dict[str, str]:
+    """The variables that the settings for production read, for a database that needs no password."""
+    parts = conninfo_to_dict(dsn)
+    return {
+        "DAGSTER_PG_HOST": str(parts["host"]),
+        "DAGSTER_PG_PORT": str(parts["port"]),
+        "DAGSTER_PG_DB": str(parts["dbname"]),
+        "DAGSTER_PG_USERNAME": str(parts["user"]),
+        "DAGSTER_PG_PASSWORD": "unused",
+    }
 
 
 def eventually(what: str, look: Callable[[], T], seconds: float = 60.0) -> T:
@@ -42,15 +55,17 @@ def eventually(what: str, look: Callable[[], T], seconds: float = 60.0) -> T:
 
 
 class Dagster:
-    """Three processes with a DAGSTER_HOME of their own for the link of a pair. Use as a `with` block."""
+    """Three processes with a DAGSTER_HOME of their own for the link of a `sync.yaml`. Use as a `with` block.
+
+    `environment` holds what the configuration and the settings read.
+    """
 
     def __init__(
         self,
-        pair: Pair,
+        config_path: Path,
+        environment: Mapping[str, str],
         home: Path,
-        *,
         settings: Path = HOME / "dagster.yaml",
-        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.home = home
         home.mkdir(parents=True)
@@ -61,9 +76,8 @@ class Dagster:
         )
         self._environment = {
             **os.environ,
-            **pair.environment,
-            **(environment or {}),
-            "SYNC_CONFIG": str(pair.config_path),
+            **environment,
+            "SYNC_CONFIG": str(config_path),
             "DAGSTER_HOME": str(home),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
@@ -77,10 +91,7 @@ class Dagster:
 
     def __enter__(self) -> Self:
         # Three processes that create the tables of one storage at the same moment get into each other's way.
-        with (
-            patch.dict(os.environ, self._environment),
-            dg.DagsterInstance.from_config(str(self.home)),
-        ):
+        with self.instance():
             pass
         with ExitStack() as exits:
             exits.push(self.__exit__)
@@ -113,6 +124,15 @@ class Dagster:
             if member.is_running():
                 member.kill()
 
+    @contextmanager
+    def instance(self) -> Iterator[dg.DagsterInstance]:
+        """The storage of this Dagster, opened in the process of the test."""
+        with (
+            patch.dict(os.environ, self._environment),
+            dg.DagsterInstance.from_config(str(self.home)) as instance,
+        ):
+            yield instance
+
     def start(self, name: str) -> None:
         """Start one of the processes, `code`, `webserver` or `daemon`, as deploy/compose.yaml says."""
         with (self.home / f"{name}.log").open("ab") as log:
@@ -142,13 +162,25 @@ class Dagster:
         self._processes[name].send_signal(signal.SIGKILL)
         self._processes[name].wait()
 
-    def workers(self) -> list[psutil.Process]:
-        """The processes of the runs that the code server has started."""
-        return [
-            process
-            for process in psutil.Process(self._processes["code"].pid).children(recursive=True)
-            if "spawn_main" in " ".join(process.cmdline())
-        ]
+    def restart(self, name: str) -> None:
+        """Kill one of the processes and start it again. A daemon that starts looks at once at all it has to do."""
+        self.kill(name)
+        self.start(name)
+
+    def kill_run(self, run_id: str) -> None:
+        """Kill the process of a run with SIGKILL."""
+        found = [re.search(r"\(pid: (\d+)\)", message) for message in self.said(run_id)]
+        (pid,) = {int(match[1]) for match in found if match is not None}
+        os.kill(pid, signal.SIGKILL)
+
+    def said(self, run_id: str) -> list[str]:
+        """The messages in the log of a run."""
+        answer = self.ask(
+            """query ($id: ID!) { logsForRun(runId: $id) { ... on EventConnection {
+                events { ... on MessageEvent { message } } } } }""",
+            id=run_id,
+        )
+        return [event.get("message") or "" for event in answer["logsForRun"]["events"]]
 
     def ask(self, query: str, **variables: Any) -> Any:
         """Send a GraphQL query and return its data."""
@@ -201,6 +233,36 @@ class Dagster:
         assert "backfillId" in answer, answer
         return str(answer["backfillId"])
 
+    def stop_sensor(self, name: str) -> None:
+        """Stop a sensor as its switch does."""
+        found = self.ask(
+            """query ($selector: SensorSelector!) { sensorOrError(sensorSelector: $selector) {
+                ... on Sensor { id } } }""",
+            selector=_selector(sensorName=name),
+        )["sensorOrError"]
+        answer = self.ask(
+            "mutation ($id: String!) { stopSensor(id: $id) { __typename } }", id=found["id"]
+        )["stopSensor"]
+        assert answer["__typename"] == "StopSensorMutationResult", answer
+
+    def resume_backfill(self, backfill_id: str) -> None:
+        """Re-execute a backfill from failure, as the menu of its page does."""
+        answer = self.ask(
+            """mutation ($params: ReexecutionParams!) { reexecutePartitionBackfill(reexecutionParams: $params) {
+                __typename ... on Error { message } } }""",
+            params={"parentRunId": backfill_id, "strategy": "FROM_FAILURE"},
+        )["reexecutePartitionBackfill"]
+        assert answer["__typename"] == "LaunchBackfillSuccess", answer
+
+    def backfill_ended(self, backfill_id: str) -> bool:
+        """True when a backfill waits for nothing any more."""
+        answer = self.ask(
+            "query ($id: String!) { partitionBackfillOrError(backfillId: $id) {"
+            " ... on PartitionBackfill { status } } }",
+            id=backfill_id,
+        )
+        return str(answer["partitionBackfillOrError"]["status"]).startswith("COMPLETED")
+
     def terminate(self, run_id: str) -> None:
         """Terminate a run as the button does."""
         answer = self.ask(
@@ -231,16 +293,39 @@ class Dagster:
         )
         return list(answer["runsOrError"]["results"])
 
-    def turn(self, sensor: str, *, on: bool) -> None:
-        """Start or stop a sensor."""
-        mutation = (
-            """mutation ($selector: SensorSelector!) {
-            startSensor(sensorSelector: $selector) { __typename } }"""
-            if on
-            else """mutation ($selector: SensorSelector!) {
-            stopSensor: resetSensor(sensorSelector: $selector) { __typename } }"""
+    def tags(self, run_id: str) -> dict[str, str]:
+        """The tags of a run."""
+        answer = self.ask(
+            "query ($id: ID!) { runOrError(runId: $id) { ... on Run { tags { key value } } } }",
+            id=run_id,
         )
-        self.ask(mutation, selector=_selector(sensorName=sensor))
+        return {tag["key"]: tag["value"] for tag in answer["runOrError"]["tags"]}
+
+    def checks(self, *asset: str) -> dict[str, str | None]:
+        """The latest result of each check of an asset."""
+        answer = self.ask(
+            """query ($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode {
+                assetChecksOrError { ... on AssetChecks { checks { name
+                executionForLatestMaterialization { status } } } } } } }""",
+            key={"path": asset},
+        )
+        return {
+            check["name"]: (check["executionForLatestMaterialization"] or {}).get("status")
+            for check in answer["assetNodeOrError"]["assetChecksOrError"]["checks"]
+        }
+
+    def observed(self, *asset: str) -> set[str]:
+        """The names of the numbers in the observations of an asset."""
+        answer = self.ask(
+            """query ($key: AssetKeyInput!) { assetOrError(assetKey: $key) { ... on Asset {
+                assetObservations(limit: 20) { metadataEntries { label } } } } }""",
+            key={"path": asset},
+        )
+        return {
+            entry["label"]
+            for observation in answer["assetOrError"]["assetObservations"]
+            for entry in observation["metadataEntries"]
+        }
 
     def _is_loaded(self) -> bool:
         for name, process in self._processes.items():

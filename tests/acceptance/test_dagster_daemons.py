@@ -3,42 +3,43 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from threading import Event, Thread
 
 import psycopg
 import pytest
 
 from sync_pipeline.defs.glance import leading
-from tests.dagster_processes import HOME, Dagster, eventually, free_port
-from tests.engine import config_of, equal, installed
-from tests.helpers import Cluster, Node, Pair, write_config
+from tests.dagster_processes import (
+    ENDED,
+    HOME,
+    Dagster,
+    eventually,
+    free_port,
+    storage_environment,
+)
+from tests.engine import config_of, equal
+from tests.helpers import Cluster, Node, Pair
 
 pytestmark = [pytest.mark.dagster, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
-def link(
-    crm_server: Cluster, billing_server: Cluster, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Pair]:
-    """Two installed databases for the tests of this module; each test leaves them equal."""
-    servers = {"crm": crm_server, "billing": billing_server}
-    nodes = {
-        name: Node(name, cluster.server.dsn(cluster.clone()), cluster.server)
-        for name, cluster in servers.items()
-    }
-    path = write_config(tmp_path_factory.mktemp("link") / "sync.yaml", lock_timeout_seconds=60)
-    pair = Pair(nodes["crm"], nodes["billing"], path)
-    installed(pair)
-    yield pair
-    for name, cluster in servers.items():
-        nodes[name].close()
-        cluster.drop(nodes[name].dsn.rpartition("/")[2])
+def storage(billing_server: Cluster) -> Iterator[str]:
+    """The DSN of an empty database for what Dagster stores."""
+    database = billing_server.clone()
+    yield billing_server.server.dsn(database)
+    billing_server.drop(database)
 
 
 @pytest.fixture(scope="module")
-def dagster(link: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dagster]:
-    with Dagster(link, tmp_path_factory.mktemp("dagster") / "home") as dagster:
+def dagster(
+    link: Pair, storage: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Dagster]:
+    """Dagster with the settings for production, so on PostgreSQL; the tests of its pages use those for development."""
+    environment = {**link.environment, **storage_environment(storage)}
+    home = tmp_path_factory.mktemp("dagster") / "home"
+    settings = HOME / "prod" / "dagster.yaml"
+    with Dagster(link.config_path, environment, home, settings) as dagster:
         yield dagster
 
 
@@ -96,7 +97,7 @@ def test_the_sensor_finds_a_change_and_both_databases_end_equal(
     assert len(link.crm.rows("accounts")) == 6
     run = dagster.runs("sync_job")[0]
     assert dagster.ended(run["id"]) == "SUCCESS"
-    tags = {tag["key"]: tag["value"] for tag in dagster.runs("sync_job")[0]["tags"]}
+    tags = dagster.tags(run["id"])
     assert tags["sync/asked_by"].startswith("changes wait on")
     assert "upserted" in tags["sync/result"]
 
@@ -123,8 +124,7 @@ def test_a_killed_run_frees_the_locks_and_the_next_one_loses_nothing(
         add_accounts(link.crm, 1, 500)
         eventually("a run is in mid-batch", lambda: waits_for_a_lock(link.billing))
         run = next(r for r in dagster.runs("sync_job") if r["status"] == "STARTED")
-        for worker in dagster.workers():
-            worker.kill()
+        dagster.kill_run(run["id"])
         eventually("the locks are free", lambda: nobody_leads(link), 3)
     assert dagster.ended(run["id"]) == "FAILURE"
     eventually("the next run has applied everything", lambda: is_synced(link))
@@ -147,100 +147,127 @@ def test_a_killed_code_server_or_daemon_only_delays(link: Pair, dagster: Dagster
     assert equal(link)
 
 
-def test_one_stream_run_takes_over_from_the_other_under_load(link: Pair, dagster: Dagster) -> None:
+def test_stream_runs_take_over_from_one_that_ends_is_killed_or_terminated_under_load(
+    link: Pair, dagster: Dagster
+) -> None:
     def stream(seconds: int) -> str:
         return dagster.launch(
             "stream_job", {"ops": {"stream_changes": {"config": {"seconds": seconds}}}}
         )
 
-    over = Event()
-
-    def work() -> None:
-        insert = "insert into accounts (id, name) values (%s, 'new')"
-        with link.crm.connect() as one, link.billing.connect() as two:
-            number = 0
-            while not over.wait(0.01) and number < 20_000:
-                number += 2
-                one.execute(insert, [number])
-                two.execute(insert, [number + 1])
-
-    first = stream(12)
-    eventually("the first leads", lambda: not nobody_leads(link))
-    load = Thread(target=work)
-    load.start()
-    try:
-        second = stream(60)
+    with writing(link):
+        first = stream(15)
+        eventually("the first leads", lambda: "leads" in dagster.said(first))
+        second = stream(240)
         assert dagster.ended(first) == "SUCCESS"
-        eventually("the second leads", lambda: not nobody_leads(link), 10)
-    finally:
-        over.set()
-        load.join()
-    eventually("everything is applied", lambda: is_synced(link))
+        eventually("the second leads", lambda: "leads" in dagster.said(second))
+        third = stream(240)
+        eventually("the third stands by", lambda: "stands by" in str(dagster.said(third)))
+        dagster.kill_run(second)
+        eventually("the third leads", lambda: "leads" in dagster.said(third), 15)
+        dagster.terminate(third)
+        eventually("the locks are free", lambda: nobody_leads(link), 5)
+        assert dagster.ended(third) == "CANCELED"
+    eventually("the sensor's run has applied the rest", lambda: is_synced(link))
     assert equal(link)
-    dagster.terminate(second)
-    eventually("the locks are free", lambda: nobody_leads(link), 5)
-    assert dagster.ended(second) == "CANCELED"
+    assert len(link.crm.rows("accounts")) > 100
 
 
-def test_a_backfill_of_the_backfill_page_marks_a_table_and_the_sensor_applies_it(
+def test_a_backfill_goes_on_without_its_daemon_and_is_resumed_where_it_failed(
     link: Pair, dagster: Dagster
 ) -> None:
     link.billing.execute(
         "begin; set local session_replication_role = replica;"
-        " insert into accounts (id, name) select n, 'billing' from generate_series(1, 20) n; commit"
+        " insert into accounts (id, name) select n, 'billing' from generate_series(1, 40) n; commit"
     )
-    assert not equal(link)
-    slices = ["accounts/01-of-16"]
+    slices = [f"accounts/{number:02}-of-16" for number in (1, 2, 3)]
+    # A record of the third slice can't be marked.
+    refused = link.billing.value(
+        "select min(id) from accounts where (hashtext(id::text)::bigint + 2147483648) / 268435456 = 2"
+    )
+    link.billing.execute(
+        f"alter table sync.sync_events add constraint refused check (record_id <> '{refused}')"
+    )
     backfill = dagster.backfill(slices, {"sync/from": "billing"})
-    eventually(
-        "the backfill has ended",
-        lambda: (
-            dagster.ask(
-                "query ($id: String!) { partitionBackfillOrError(backfillId: $id) {"
-                " ... on PartitionBackfill { status } } }",
-                id=backfill,
-            )["partitionBackfillOrError"]["status"]
-            == "COMPLETED_SUCCESS"
-        ),
-        90,
+    dagster.restart("daemon")
+    eventually("all slices were tried", lambda: len(ended_slices(dagster)) == 3, 90)
+    assert ended_slices(dagster) == dict(
+        zip(slices, ("SUCCESS", "SUCCESS", "FAILURE"), strict=True)
     )
+    eventually("the backfill has ended", lambda: dagster.backfill_ended(backfill), 90)
+    link.billing.execute("alter table sync.sync_events drop constraint refused")
+    dagster.resume_backfill(backfill)
+    dagster.restart("daemon")
+    eventually("it went on", lambda: set(ended_slices(dagster).values()) == {"SUCCESS"}, 90)
+    assert set(ended_slices(dagster)) == set(slices)
+    assert len(dagster.runs("backfill_job")) == 4
     eventually("everything is applied", lambda: is_synced(link))
-    marked = len(link.crm.rows("accounts"))
-    assert 0 < marked < 20
-    tags = [{t["key"]: t["value"] for t in run["tags"]} for run in dagster.runs("backfill_job")]
-    assert [tag["dagster/partition"] for tag in tags] == slices
+    marked = {row[0] for row in link.crm.rows("accounts")}
+    assert refused in marked
+    assert len(marked) < 40
 
 
-@pytest.mark.soak
-def test_everything_works_on_postgres_storage(
-    link: Pair, billing_server: Cluster, tmp_path: Path
+def test_replays_checks_observations_and_maintenance_work_on_postgres_storage(
+    link: Pair, dagster: Dagster, storage: str
 ) -> None:
-    database = billing_server.clone()
-    server = billing_server.server
-    environment = {
-        "DAGSTER_PG_HOST": "127.0.0.1",
-        "DAGSTER_PG_PORT": str(server.port),
-        "DAGSTER_PG_DB": database,
-        "DAGSTER_PG_USERNAME": "postgres",
-        "DAGSTER_PG_PASSWORD": "unused",
+    add_accounts(link.crm, 1, 5)
+    eventually("both nodes are synced", lambda: is_synced(link))
+    replay = {"table": "accounts", "node": "crm", "condition": "id <= 3"}
+    dry = dagster.launch("replay_job", {"ops": {"replay_records": {"config": replay}}})
+    assert dagster.ended(dry) == "SUCCESS"
+    assert dagster.tags(dry)["sync/result"] == "would mark 3 records"
+    real = {"ops": {"replay_records": {"config": {**replay, "dry_run": False}}}}
+    assert dagster.ended(dagster.launch("replay_job", real)) == "SUCCESS"
+    eventually("what was marked is applied", lambda: "3 unchanged" in results(dagster))
+    assert dagster.ended(dagster.launch("verify_job")) == "SUCCESS"
+    eventually("the sensor has looked", lambda: dagster.checks("sync", "accounts").get("lag"), 90)
+    assert dagster.checks("sync", "accounts") == {
+        "lag": "SUCCEEDED",
+        "dead_letters": "SUCCEEDED",
+        "verify": "SUCCEEDED",
     }
-    settings = HOME / "prod" / "dagster.yaml"
+    assert {"rows", "upserted", "lag_seconds"} <= dagster.observed("sync", "accounts")
+    assert {"pending", "dead", "lag_seconds"} <= dagster.observed("crm", "accounts")
+    prune = {"ops": {"prune": {"config": {"keep_days": 0, "keep_failed_days": 0}}}}
+    assert dagster.ended(dagster.launch("maintenance_job", prune)) == "SUCCESS"
+    assert dagster.runs("replay_job") == []
+    with psycopg.connect(storage) as connection:
+        stored = connection.execute("select count(distinct run_id) from event_logs").fetchall()
+    assert 0 < stored[0][0] < 5
+
+
+@contextmanager
+def writing(pair: Pair) -> Iterator[None]:
+    """Applications that insert on both nodes, over and over, until the block ends."""
+    over = Event()
+
+    def work() -> None:
+        insert = "insert into accounts (id, name) values (%s, 'new')"
+        with pair.crm.connect() as one, pair.billing.connect() as two:
+            number = 0
+            while not over.wait(0.02):
+                number += 2
+                one.execute(insert, [number])
+                two.execute(insert, [number + 1])
+
+    load = Thread(target=work)
+    load.start()
     try:
-        with Dagster(link, tmp_path / "home", settings=settings, environment=environment) as prod:
-            add_accounts(link.crm, 1, 5)
-            eventually("both nodes are synced", lambda: is_synced(link), 90)
-            verify = prod.launch("verify_job")
-            assert prod.ended(verify) == "SUCCESS"
-            replay = {"table": "accounts", "node": "crm", "everything": True}
-            dry = prod.launch("replay_job", {"ops": {"replay_records": {"config": replay}}})
-            assert prod.ended(dry) == "SUCCESS"
-            assert "would mark 5 records" in str(prod.runs("replay_job"))
-            prune = {"ops": {"prune": {"config": {"keep_days": 0}}}}
-            assert prod.ended(prod.launch("maintenance_job", prune)) == "SUCCESS"
-            assert prod.runs("verify_job") == []
-        with psycopg.connect(server.dsn(database)) as storage:
-            row = storage.execute("select count(*) from event_logs").fetchone()
-            assert row is not None
-            assert row[0] > 0
+        yield
     finally:
-        billing_server.drop(database)
+        over.set()
+        load.join()
+
+
+def ended_slices(dagster: Dagster) -> dict[str, str]:
+    """How the latest run of each slice of a backfill ended, of those that have."""
+    return {
+        dagster.tags(run["id"])["dagster/partition"]: run["status"]
+        for run in reversed(dagster.runs("backfill_job"))
+        if run["status"] in ENDED
+    }
+
+
+def results(dagster: Dagster) -> set[str]:
+    """What the passes say that they did."""
+    return {dagster.tags(run["id"]).get("sync/result", "") for run in dagster.runs("sync_job")}

@@ -17,6 +17,7 @@ from sync_pipeline import link as links
 from sync_pipeline.config import load
 from sync_pipeline.defs import build_sync_definitions
 from tests import dagster_runs
+from tests.dagster_processes import storage_environment
 from tests.dagster_runs import metadata, run, tick
 from tests.engine import installed
 from tests.helpers import Cluster, Pair, write_config
@@ -139,14 +140,8 @@ def test_jobs_run_and_are_pruned_on_postgres_storage(
     link: Pair, billing_server: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database = billing_server.clone()
-    for name, value in {
-        "HOST": "127.0.0.1",
-        "PORT": str(billing_server.server.port),
-        "DB": database,
-        "USERNAME": "postgres",
-        "PASSWORD": "unused",
-    }.items():
-        monkeypatch.setenv(f"DAGSTER_PG_{name}", value)
+    for name, value in storage_environment(billing_server.server.dsn(database)).items():
+        monkeypatch.setenv(name, value)
     copyfile(ROOT / "dagster_home/prod/dagster.yaml", tmp_path / "dagster.yaml")
     link.crm.insert("accounts", id=1, name="one")
     try:
