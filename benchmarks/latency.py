@@ -23,7 +23,7 @@ RESTS = 10
 SERVERS_OWN_WAL_SECONDS = 16.0
 INTERVAL_SECONDS = 0.05
 STEADY_CHANGES = 200
-ARRIVAL_SECONDS = 30.0
+ARRIVAL_SECONDS = 90.0
 
 TELL = """
 create function tell() returns trigger language plpgsql as $$

@@ -1,7 +1,8 @@
 """Processes that talk in lines, and what they cost."""
 
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,26 @@ def started(*command: str) -> Iterator[Process]:
         finally:
             if popen.poll() is None:
                 popen.kill()
+
+
+@contextmanager
+def repeated(step: Callable[[int], None], seconds: float) -> Iterator[None]:
+    """Call `step` with 1, 2, 3 … in a thread, with a pause of some seconds before each, until the block ends."""
+    over = threading.Event()
+
+    def work() -> None:
+        number = 0
+        while not over.wait(seconds):
+            number += 1
+            step(number)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def peak_mb() -> float:
