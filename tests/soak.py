@@ -221,6 +221,7 @@ class Faults:
             self.pause_for_a_while,
             self.lock_a_table,
             self.change_the_schema_behind_a_reader,
+            self.take_a_table_away_for_a_while,
         ]
         while not self._stop.is_set():
             self._stop.wait(dice.uniform(*FAULT_EVERY_SECONDS))
@@ -283,6 +284,14 @@ class Faults:
                 administrator.execute("alter table orders alter column note set statistics 50")
             reader.rollback()
             administrator.execute("alter table orders alter column note set statistics 60")
+
+    def take_a_table_away_for_a_while(self) -> None:
+        node, table = self._node(), self._books.dice.choice(TABLES)
+        self._run(node, f"alter table {table} rename to away")
+        try:
+            self._wait()
+        finally:
+            self._run(node, f"alter table away rename to {table}")
 
     def _consumer(self) -> Consumer:
         return self._books.dice.choice(self._consumers)
