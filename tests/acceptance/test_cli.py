@@ -220,7 +220,10 @@ def test_a_lock_that_is_not_given_in_time_is_one_clear_line(link: Pair) -> None:
 
 def test_what_postgresql_refuses_is_one_clear_line(link: Pair) -> None:
     message = refused(link, "replay", "users", "--node", "crm", "--where", "colour = 'red'")
-    assert message == 'crm: column "colour" does not exist\n'
+    assert message == (
+        'crm: the condition cannot be used: column "colour" does not exist; '
+        "write one SQL condition on the columns of this node\n"
+    )
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ MUTATIONS = {
         f"{PROTOCOL}::test_the_lock_of_a_failed_start_is_given_back",
     ),
     "the snapshot": Mutation(
-        "sync_pipeline/outbox.py",
+        "sync_pipeline/snapshot.py",
         "psycopg.IsolationLevel.REPEATABLE_READ",
         "psycopg.IsolationLevel.READ_COMMITTED",
         f"{PROTOCOL}::test_a_transaction_that_commits_between_two_stages_is_not_seen_by_half",
