@@ -110,10 +110,10 @@ def test_the_plots_of_an_asset_draw_backlog_and_lag(window: Browser, pictures: P
     window.screenshot(pictures / "plots.png")
 
 
-def test_the_page_of_an_asset_shows_its_checks_and_that_it_is_fresh(
+def test_the_page_of_an_asset_shows_its_checks_and_how_fresh_it_must_be(
     window: Browser, pictures: Path
 ) -> None:
-    window.open("/assets/sync/accounts", "Freshness policy", "Passing", "Plots")
+    window.open("/assets/sync/accounts", "Freshness policy", "Fails if more than", "Plots")
     window.click("//*[text()='Plots']")
     window.wait_for("rows", "upserted", "conflicts")
     window.open("/assets/sync/accounts?view=checks", "lag", "dead_letters", "verify")
