@@ -26,6 +26,8 @@ def recover(source: Connection, target: Connection, schema: str, source_node: st
     rows = target.execute(
         query(queries.get("read_ledger", schema)), {"source": source_node}
     ).fetchall()
+    if rows:
+        make_durable(target)
     for _, ids, read_at in rows:
         with source.transaction():
             source.execute(
@@ -49,6 +51,6 @@ def forget(target: Connection, schema: str, batch_ids: list[int]) -> None:
 def make_durable(target: Connection) -> None:
     """Return when every commit of the target up to now is on its disk, and on its synchronous standbys.
 
-    Batches are committed without that wait; this waits on another connection, while the next batch is applied.
+    Batches are committed without that wait. Before the source forgets one, somebody waits here.
     """
     target.execute(query(queries.get("make_durable", "")))

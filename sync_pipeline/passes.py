@@ -254,7 +254,7 @@ class Acknowledger:
         self._running: list[tuple[int, Future[None]]] = []
 
     def run(self, work: Callable[[], int]) -> int:
-        """Let something else be written to the source, after what is under way."""
+        """Let something else use the connection to the source, after what is under way."""
         return self._pool.submit(work).result()
 
     def submit(self, batch: Batch) -> None:

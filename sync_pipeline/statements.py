@@ -263,6 +263,21 @@ class TableStatements:
             for mine, theirs in zip(key.fields, key.parent_fields, strict=True)
         )
         going = _not_going(child) if child_is_staged else sql.SQL("")
+        return self._gone_but_referenced(child.target, reference, going)
+
+    def referenced_from(
+        self, child: sql.Identifier, columns: list[str], own_columns: list[str]
+    ) -> sql.Composed:
+        """Return number and id of records about to be deleted that a row of a table which is not synced refers to."""
+        reference = sql.SQL(" and ").join(
+            sql.SQL("c.{} = t.{}").format(sql.Identifier(mine), sql.Identifier(theirs))
+            for mine, theirs in zip(columns, own_columns, strict=True)
+        )
+        return self._gone_but_referenced(child, reference, sql.SQL(""))
+
+    def _gone_but_referenced(
+        self, child: sql.Identifier, reference: sql.Composed, going: sql.Composable
+    ) -> sql.Composed:
         return sql.SQL(
             "select s.n, {record_id} from {stage} as s join {target} as t on {same_key} "
             "where not s.present and exists (select from {child} as c where {reference}{going}) order by s.n"
@@ -271,28 +286,9 @@ class TableStatements:
             stage=self.stage,
             target=self.target,
             same_key=self.same_key(),
-            child=child.target,
+            child=child,
             reference=reference,
             going=going,
-        )
-
-    def referenced_from(
-        self, child: sql.Identifier, columns: list[str], own_columns: list[str]
-    ) -> sql.Composed:
-        """Return number and id of records about to be deleted that a row of a table which is not synced refers to."""
-        return sql.SQL(
-            "select s.n, {record_id} from {stage} as s join {target} as t on {same_key} "
-            "where not s.present and exists (select from {child} as c where {reference}) order by s.n"
-        ).format(
-            record_id=self.record_id(),
-            stage=self.stage,
-            target=self.target,
-            same_key=self.same_key(),
-            child=child,
-            reference=sql.SQL(" and ").join(
-                sql.SQL("c.{} = t.{}").format(sql.Identifier(mine), sql.Identifier(theirs))
-                for mine, theirs in zip(columns, own_columns, strict=True)
-            ),
         )
 
     def children_left(

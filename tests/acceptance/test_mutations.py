@@ -43,6 +43,12 @@ MUTATIONS = {
         '{"ids": ids, "read_at": "infinity"},',
         f"{CRASHES}::test_events_whose_ids_come_back_after_a_restore_are_not_taken_for_applied",
     ),
+    "the wait for the disk of the target": Mutation(
+        "sync_pipeline/ledger.py",
+        "make_durable(target)\n    for",
+        "pass\n    for",
+        "tests/integration/test_faults.py::test_a_recovery_waits_until_the_batch_is_on_the_disk_of_the_target",
+    ),
     "the dirty check": Mutation(
         "sync_pipeline/batch.py",
         "if not dirty:",

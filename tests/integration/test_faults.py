@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from sync_pipeline import stream
+from sync_pipeline import ledger, passes, stream
 from sync_pipeline.config import Config
 from sync_pipeline.errors import PassInterrupted
-from sync_pipeline.servers import Server
+from sync_pipeline.link import lead
+from sync_pipeline.servers import Server, Setting
 from tests.bookkeeping import assert_each_write_had_its_effect_once, go_on, keep_books, work
-from tests.crashing import POINTS
-from tests.engine import installed
+from tests.crashing import POINTS, Point
+from tests.engine import equal, installed
 from tests.helpers import NODES, Cluster, Node, Pair, write_config
 
 CONNECTIONS = [("crm", "writer"), ("crm", "reader"), ("billing", "writer"), ("billing", "reader")]
@@ -28,7 +29,9 @@ def durable_clusters(server_directory: Path, pg_version: int) -> Iterator[list[C
         clusters = []
         for name in NODES:
             directory = server_directory / f"durable-{name}-{pg_version}"
-            server = Server.create(directory, pg_version, durable=True)
+            # What was committed without waiting for the disk is not there before somebody asks for it.
+            settings: dict[str, Setting] = {"wal_writer_delay": "10s"}
+            server = Server.create(directory, pg_version, durable=True, settings=settings)
             clusters.append(Cluster(server))
             exits.callback(clusters[-1].close)
         yield clusters
@@ -122,3 +125,34 @@ def terminate(node: Node, role: str) -> list[int]:
         for (pid,) in found:
             other.execute("select pg_terminate_backend(%s, 10000)", [pid])
     return [pid for (pid,) in found]
+
+
+def test_a_recovery_waits_until_the_batch_is_on_the_disk_of_the_target(durable_pair: Pair) -> None:
+    config = installed(durable_pair)
+    crm, billing = durable_pair.crm, durable_pair.billing
+    crm.insert("accounts", id=1, name="the only copy")
+    ids = crm.value("select int8multirange(int8range(id, id, '[]'))::text from sync.sync_events")
+    with billing.connect(autocommit=False) as consumer:
+        # A batch, committed as the consumer commits, by a session that does nothing after it.
+        consumer.execute(
+            "select set_config('synchronous_commit', 'off', true),"
+            " set_config('sync_pipeline.applying', 'sync', true)"
+        )
+        consumer.execute("insert into accounts (id, name) values (1, 'the only copy')")
+        consumer.execute(
+            "insert into sync.sync_applied (source, ids, read_at) values ('crm', %s, now())", [ids]
+        )
+        consumer.commit()
+        with (
+            Point("before", ledger, "forget").struck_by(lambda: billing.server.stop("immediate")),
+            pytest.raises(PassInterrupted),
+            lead(config) as successor,
+        ):
+            passes.run(successor)
+    billing.server.start()
+    stream.sync(config)
+
+    pair = reconnected(durable_pair)
+    with closing(pair.crm), closing(pair.billing):
+        assert pair.billing.rows("select id, name from accounts") == [(1, "the only copy")]
+        assert equal(pair, ("accounts",))
