@@ -89,7 +89,8 @@ def test_stream_says_each_pass_that_did_something_and_ends_cleanly_when_asked(li
     with running(link, "stream") as worker:
         line_with(worker, "leading")
         fill(link)
-        assert "crm->billing" in line_with(worker, "upserted")
+        # Both sides were filled, and either direction may be the first that sees it.
+        assert "upserted" in line_with(worker, "crm->billing: ")
         assert stop(worker, signal.SIGINT) == 0
         assert worker.stdout is not None
         assert "stopped after" in worker.stdout.read()
