@@ -1,5 +1,6 @@
 """What `deploy/compose.yaml` says, for tests that start the same processes without containers."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,6 @@ def proxy_configuration(places: Mapping[str, str]) -> str:
 
 
 def _placed(text: str, places: Mapping[str, str]) -> str:
-    for container, test in places.items():
-        text = text.replace(container, test)
-    return text
+    # In one go: what was put in may look like another place.
+    names = re.compile("|".join(map(re.escape, places)))
+    return names.sub(lambda found: places[found[0]], text)

@@ -3,6 +3,7 @@
 The consumer lives on here; `test_crashes.py` kills it at the same points.
 """
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -28,7 +29,8 @@ def durable_clusters(server_directory: Path, pg_version: int) -> Iterator[list[C
     with ExitStack() as exits:
         clusters = []
         for name in NODES:
-            directory = server_directory / f"durable-{name}-{pg_version}"
+            # A folder of its own each time: tests of a module need not come one after the other.
+            directory = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=server_directory)) / "server"
             # What was committed without waiting for the disk is not there before somebody asks for it.
             settings: dict[str, Setting] = {"wal_writer_delay": "10s"}
             server = Server.create(directory, pg_version, durable=True, settings=settings)

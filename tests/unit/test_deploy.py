@@ -187,3 +187,8 @@ def test_systemd_takes_the_units(tmp_path: Path) -> None:
         return  # it can only judge units that are running
     for unit in (path for path in UNITS if path.suffix == ".service"):
         run(analyze, "security", "--offline=true", "--threshold=25", tmp_path / unit.name)
+
+
+def test_a_place_that_contains_the_name_of_another_is_placed_once() -> None:
+    placed = command("webserver", {"3000": "40009", "4000": "40985"})
+    assert "40009" in " ".join(placed)
