@@ -276,16 +276,31 @@ where reference.confrelid = %(parent)s
     )
 
 -- name: take_lock
--- True when this session now leads: the node's advisory lock, derived from the pipeline's own schema.
+-- True when this session now leads: the node's advisory lock, derived from the pipeline's own schema. Not while a
+-- second writer of the last leader lives: its lock must be free, and is given back at once.
+select case
+    when not pg_catalog.pg_try_advisory_lock(
+        pg_catalog.hashtext('sync-pipeline'), pg_catalog.hashtext(%(schema)s)
+    ) then false
+    when not pg_catalog.pg_try_advisory_lock(
+        pg_catalog.hashtext('sync-pipeline second writer'), pg_catalog.hashtext(%(schema)s)
+    ) then not pg_catalog.pg_advisory_unlock(
+        pg_catalog.hashtext('sync-pipeline'), pg_catalog.hashtext(%(schema)s)
+    )
+    else pg_catalog.pg_advisory_unlock(
+        pg_catalog.hashtext('sync-pipeline second writer'), pg_catalog.hashtext(%(schema)s)
+    )
+end
+
+-- name: take_second_lock
+-- True when this session may now write beside the one that leads, which is to be looked at afterwards.
 select pg_catalog.pg_try_advisory_lock(
-    pg_catalog.hashtext('sync-pipeline'), pg_catalog.hashtext(%(schema)s)
+    pg_catalog.hashtext('sync-pipeline second writer'), pg_catalog.hashtext(%(schema)s)
 )
 
--- name: release_lock
--- Give the lock back; the connection stays.
-select pg_catalog.pg_advisory_unlock(
-    pg_catalog.hashtext('sync-pipeline'), pg_catalog.hashtext(%(schema)s)
-)
+-- name: release_locks
+-- Give the locks of this session back; the connection stays.
+select pg_catalog.pg_advisory_unlock_all()
 
 -- name: read_leader
 -- Who holds the node's lock: process id, application name, client address, since when; or nothing.

@@ -1,9 +1,9 @@
 """One batch on the target: stage, apply, check under our row locks, settle conflicts, record in the ledger, commit."""
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 import psycopg
@@ -29,10 +29,11 @@ class _ChildrenLeftError(Exception):
 
 @dataclass
 class Batch:
-    """Some records of the source, applied to the target in one transaction. Use as a `with` block.
+    """Some records of the source, applied to the target in one transaction.
 
-    `upsert(parents)` may be called first; `finish` applies the rest and commits. Leaving the block without
-    `finish` rolls everything back.
+    `stage` touches no table of the user, so that it can happen while another session applies the batch before. When
+    that one is committed comes `upsert`, then `finish`, which applies the rest and commits. `close` rolls back what
+    was not finished.
     """
 
     applier: Applier
@@ -41,7 +42,8 @@ class Batch:
     intake: Intake
     source: str
     target: str
-    forget: list[int]
+    # The ledger rows that are no longer needed, asked for at the end.
+    forget: Callable[[], list[int]]
     target_floor: int
     counts: dict[str, Counts] = field(default_factory=dict, init=False)
     outcomes: list[Outcome] = field(default_factory=list, init=False)
@@ -66,30 +68,33 @@ class Batch:
         # Rows with greater numbers were brought along: they have no events in this batch.
         self._last_number = self.intake.last_number
 
-    def __enter__(self) -> Self:
+    def stage(self) -> Self:
+        """Begin the transaction and stage the rows of the intake."""
         try:
-            self._open(textual=False)
-        except psycopg.Error as error:
-            if error_class(error) != "data":
-                raise
-            # A value is not even readable as the target's type: stage text, so that its record can be told apart.
-            self._stack.__exit__(type(error), error, error.__traceback__)
-            self._stack = ExitStack()
-            self._open(textual=True)
+            try:
+                self._open(textual=False)
+            except psycopg.Error as error:
+                if error_class(error) != "data":
+                    raise
+                # A value is not even readable as the target's type: stage text, so that its record can be told apart.
+                self._stack.close()
+                self._open(textual=True)
+        except BaseException:
+            self.close()
+            raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, traceback)
+    def close(self) -> None:
+        """End the transaction: nothing of it stays, unless `finish` has committed."""
+        with suppress(psycopg.Error):
+            self._stack.close()
 
     def _open(self, *, textual: bool) -> None:
         tables = dict.fromkeys(part.table for part in self.intake.parts)
         self.applier.prepare(tables, textual=textual)
-        self._stack.enter_context(self._connection.transaction())
+        self._transaction = self._stack.enter_context(
+            self._connection.transaction(force_rollback=True)
+        )
         # Local to the transaction: a setting that outlived it could silence an application's changes. The commit does
         # not wait for the disk; the acknowledgement does.
         with clocks.reading() as self.clock:
@@ -104,13 +109,16 @@ class Batch:
         self._companions = Companions(
             self.applier, self.snapshot, self._schema, self._last_number, self._stack
         )
+
+    def upsert(self, tables: list[str]) -> None:
+        """Settle the conflicts that are here already; upsert the staged records of some tables.
+
+        A refusal is dealt with in `finish`.
+        """
         # Most conflicts are here before us. Those that come while we write are found when our locks are held.
         if dirty := self._dirty([]):
             self._settle(dirty)
         self._savepoint()
-
-    def upsert(self, tables: list[str]) -> None:
-        """Upsert the staged records of some tables. A refusal is dealt with in `finish`."""
         steps = self._deletes_first() + self.applier.steps(tables, "upsert")
         try:
             self._run(steps)
@@ -137,6 +145,7 @@ class Batch:
         self._drop(refused)
         self._connection.execute("release savepoint batch")
         self._record()
+        self._transaction.force_rollback = False
         self._stack.close()
 
     # --- applying ---
@@ -403,7 +412,7 @@ class Batch:
             failed = [failure for record_id, failure in failures.items() if record_id in known]
             self.outcomes.append(Outcome(table, retried, failed))
             left_out += [change.ids for change in known.values() if change.ids is not None]
-        ledger.forget(self._connection, self._schema, self.forget)
+        ledger.forget(self._connection, self._schema, self.forget())
         self.ledger_id = ledger.record(
             self._connection,
             self._schema,

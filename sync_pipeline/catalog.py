@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
 from typing import Any, TypeVar
@@ -69,7 +70,12 @@ def inspect(
     config: Config, connections: Mapping[str, Connection], *, strict: bool = True
 ) -> tuple[Catalog, list[CatalogMismatch]]:
     """Like `read`, but return every problem found, with the catalog of the tables that have none."""
-    rows = {node.name: _rows(config, node.name, connections[node.name]) for node in config.nodes}
+    with ThreadPoolExecutor(len(config.nodes)) as pool:
+        asked = {
+            node.name: pool.submit(_rows, config, node.name, connections[node.name])
+            for node in config.nodes
+        }
+    rows = {node: each.result() for node, each in asked.items()}
     relations: dict[str, dict[str, Relation]] = {node.name: {} for node in config.nodes}
     problems: list[CatalogMismatch] = []
     warnings: list[str] = []

@@ -104,7 +104,7 @@ class Companions:
         return self._stage(part)
 
     def _stage(self, part: Part) -> bool:
-        self.stack.callback(part.discard)
+        self.stack.callback(part.close)
         if part.count == 0:
             return False
         self.applier.stage(part)

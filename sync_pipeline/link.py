@@ -1,6 +1,11 @@
-"""The open connections of a link, held by the one worker that leads: a writer with the lock and a reader per node."""
+"""The open connections of a link, held by the one worker that leads: a writer with the lock and a reader per node.
+
+While a backlog is drained, its target has a second writer with a lock of its own: one batch is staged there while the
+other writer applies the one before.
+"""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -10,6 +15,7 @@ from sync_pipeline import catalog, conflicts, identity, install, locks, outbox
 from sync_pipeline.applier import Applier
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, connect, query, scalar
+from sync_pipeline.errors import ConnectionFailed, PassInterrupted
 from sync_pipeline.queries import get as named
 from sync_pipeline.records import Moment
 
@@ -30,8 +36,16 @@ class Side:
     node: NodeConfig
     writer: Connection
     reader: Connection
+    leader: locks.Leader
+    second_writer: Connection | None = None
     floor: int = 0
     _candidate: tuple[int, int] | None = None
+
+    @property
+    def connections(self) -> list[Connection]:
+        """Every open connection to the node."""
+        found = [self.writer, self.reader]
+        return found if self.second_writer is None else [*found, self.second_writer]
 
     def consumed(self, greatest_id: int, moment: Moment) -> None:
         """Note that everything in a snapshot has been consumed."""
@@ -65,20 +79,36 @@ class Link:
     generation: int = 0
     # Sources whose last batches may be committed on the other node but not acknowledged.
     unrecovered: set[str] = field(default_factory=set)
-    _appliers: dict[str, Applier] = field(default_factory=dict)
+    _appliers: dict[tuple[str, bool], Applier] = field(default_factory=dict)
 
     @property
     def writers(self) -> dict[str, Connection]:
         """The writer connection of each node."""
         return {name: side.writer for name, side in self.sides.items()}
 
-    def applier(self, node: str) -> Applier:
-        """Return what writes to a node, for the catalog as it was last read."""
-        if node not in self._appliers:
-            self._appliers[node] = Applier(
-                self.sides[node].writer, self.catalog, node, self.generation
-            )
-        return self._appliers[node]
+    def applier(self, node: str, *, second: bool = False) -> Applier:
+        """Return what writes to a node, for the catalog as it was last read: by its writer, or by the second one."""
+        if (node, second) not in self._appliers:
+            side = self.sides[node]
+            connection = self._second_writer(side) if second else side.writer
+            self._appliers[node, second] = Applier(connection, self.catalog, node, self.generation)
+        return self._appliers[node, second]
+
+    def _second_writer(self, side: Side) -> Connection:
+        if side.second_writer is None:
+            try:
+                connection = connect(side.node, self.config, "second writer")
+            except ConnectionFailed as error:
+                raise PassInterrupted(
+                    f"the second writer {error.problem}", node=side.node.name
+                ) from error
+            try:
+                locks.take_second(connection, side.leader, self.config, side.node.name)
+            except BaseException:
+                connection.close()
+                raise
+            side.second_writer = connection
+        return side.second_writer
 
     def read_catalog(self) -> None:
         """Read both catalogs again; where they changed, forget what was composed from the old ones."""
@@ -88,7 +118,8 @@ class Link:
             self.generation += 1
             self._appliers = {}
             for side in self.sides.values():
-                side.writer.execute("discard temp")
+                for connection in side.connections:
+                    connection.execute("discard temp")
         self.revive()
         for side in self.sides.values():
             # An event inserted by hand can have any id: now and then a look goes below the floor.
@@ -119,7 +150,7 @@ class Link:
     def cancel(self) -> None:
         """Cancel what runs on the link's connections."""
         for side in self.sides.values():
-            for connection in (side.reader, side.writer):
+            for connection in side.connections:
                 _cancel(connection)
 
     def is_paused(self) -> bool:
@@ -138,34 +169,64 @@ def lead(config: Config) -> Iterator[Link]:
     locks are free at once even after an interruption.
     """
     with ExitStack() as stack:
-        sides: dict[str, Side] = {}
-        for node in config.nodes:
-            writer = connect(node, config, "writer")
-            stack.callback(_close, writer)
-            locks.refuse_shared_sessions(writer, node)
-            install.require(config, node.name, writer)
-            if sides:
-                others = {name: side.writer for name, side in sides.items()}
-                identity.refuse_one_database(config, others | {node.name: writer})
-            identity.require(config, node.name, writer)
-            locks.take(writer, config, node.name)
-            stack.callback(_release, writer, config)
-            writer.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
-            reader = connect(node, config, "reader")
-            stack.callback(_close, reader)
-            sides[node.name] = Side(node, writer, reader)
-        writers = {name: side.writer for name, side in sides.items()}
+        first, second = config.nodes
+        # Who stands by asks for one lock again and again: nothing else is opened before it is taken.
+        opened = _open([(first, "writer")], config, stack)
+        leaders = {first.name: _take(opened[first.name, "writer"], config, first, stack)}
+        opened |= _open([(first, "reader"), (second, "writer"), (second, "reader")], config, stack)
+        writers = {node.name: opened[node.name, "writer"] for node in config.nodes}
+        identity.refuse_one_database(config, writers)
+        leaders[second.name] = _take(writers[second.name], config, second, stack)
+        sides = {
+            node.name: Side(
+                node, writers[node.name], opened[node.name, "reader"], leaders[node.name]
+            )
+            for node in config.nodes
+        }
+        for side in sides.values():
+            stack.callback(_close_second, side, config)
         found = catalog.read(config, writers, running=True)
         link = Link(config, sides, found, unrecovered=set(sides))
         link.revive()
         yield link
 
 
+def _open(
+    wanted: list[tuple[NodeConfig, str]], config: Config, stack: ExitStack
+) -> dict[tuple[str, str], Connection]:
+    """Open connections all at once, each to a node and for a role; the stack closes them."""
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        opening = {
+            (node.name, role): pool.submit(connect, node, config, role) for node, role in wanted
+        }
+    for each in opening.values():
+        if each.exception() is None:
+            stack.callback(_close, each.result())
+    return {key: each.result() for key, each in opening.items()}
+
+
+def _take(writer: Connection, config: Config, node: NodeConfig, stack: ExitStack) -> locks.Leader:
+    """Take a node's lock, where this is the database that was installed as this node."""
+    locks.refuse_shared_sessions(writer, node)
+    install.require(config, node.name, writer)
+    identity.require(config, node.name, writer)
+    leader = locks.take(writer, config, node.name)
+    stack.callback(_release, writer, config)
+    writer.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+    return leader
+
+
 def _release(connection: Connection, config: Config) -> None:
-    """Give the lock back before closing, where nothing runs: a server notices a closed connection a moment later."""
+    """Give a lock back before closing, where nothing runs: a server notices a closed connection a moment later."""
     with suppress(psycopg.Error):
         if connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE:
             locks.release(connection, config)
+
+
+def _close_second(side: Side, config: Config) -> None:
+    if side.second_writer is not None:
+        _release(side.second_writer, config)
+        _close(side.second_writer)
 
 
 def _close(connection: Connection) -> None:

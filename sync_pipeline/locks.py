@@ -1,6 +1,8 @@
 """Who leads: a session advisory lock of each node, held by the connection that writes there.
 
 Never the blocking form. Whoever loses the lock has lost the connection and can no longer write: that is the fence.
+A second connection may write beside the first, under a second lock. It begins only while the first has its lock, and
+nobody takes that one while somebody has the second: so it is inside the fence as well.
 """
 
 from dataclasses import dataclass
@@ -29,26 +31,40 @@ class Leader:
         return f"backend {self.pid} from {self.client_address or 'a local socket'}{since}"
 
 
-def take(connection: Connection, config: Config, node: str) -> None:
+def take(connection: Connection, config: Config, node: str) -> Leader:
     """Take a node's lock for the life of this connection. Raises `LockTaken` at once when another has it."""
     taken = scalar(
         connection,
         query(queries.get("take_lock", config.schema_name)),
         {"schema": config.schema_name},
     )
-    if not taken:
+    holder = leader(connection, config)
+    if not taken or holder is None:
         raise LockTaken(
-            f"another worker leads: {leader(connection, config) or 'it has just left'}",
+            f"another worker leads: {holder or 'it has just left'}",
             node=node,
             remedy="wait for it, or stop it; only one works at a time",
         )
+    return holder
+
+
+def take_second(connection: Connection, first: Leader, config: Config, node: str) -> None:
+    """Take a node's second lock for the life of this connection, beside the session that has the first.
+
+    Raises `LockTaken` unless that one still leads, here, after the second lock was taken.
+    """
+    taken = scalar(
+        connection,
+        query(queries.get("take_second_lock", config.schema_name)),
+        {"schema": config.schema_name},
+    )
+    if not taken or leader(connection, config) != first:
+        raise LockTaken("another worker has taken over", node=node, remedy="nothing: it goes on")
 
 
 def release(connection: Connection, config: Config) -> None:
-    """Give a node's lock back."""
-    connection.execute(
-        query(queries.get("release_lock", config.schema_name)), {"schema": config.schema_name}
-    )
+    """Give back what locks of the node this connection has."""
+    connection.execute(query(queries.get("release_locks", config.schema_name)))
 
 
 def leader(connection: Connection, config: Config) -> Leader | None:

@@ -5,7 +5,7 @@ parents, then dependents, on the target in bounded batches, each one transaction
 exactly the events that were read. Then the other direction, with its own snapshot.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -40,11 +40,10 @@ class Pass:
     _intakes: Iterator[Intake] = field(default_factory=lambda: iter(()), init=False)
     _first: Intake | None = field(default=None, init=False)
     _batch: Batch | None = field(default=None, init=False)
+    _ahead: "Ahead | None" = field(default=None, init=False)
     _last_id: int = field(default=0, init=False)
     _ended: bool = field(default=False, init=False)
     _consumed: bool = field(default=False, init=False)
-    # Intakes whose rows are held, by identity: an interrupted pass leaves some that no batch has taken.
-    _held: dict[int, Intake] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.report = DirectionReport(self.source, self.target)
@@ -70,8 +69,8 @@ class Pass:
         if kind is not None:
             # Threads that read or acknowledge must not keep an interrupted pass, and so its locks, alive.
             self.link.cancel()
-        for intake in self._held.values():
-            intake.discard()
+        if self._first is not None:
+            self._first.close()
         self._stack.__exit__(kind, error, traceback)
 
     def fetch_dependents(self) -> DirectionReport:
@@ -99,8 +98,12 @@ class Pass:
         """Read what the first batch takes of parents, from the same snapshot; upsert them on the target."""
         if self._first is not None and not self._ended:
             with self._invalid_keys_end_the_pass():
-                self._read(self._first, self._parents)
-                self._batch = self._stack.enter_context(self._new_batch(self._first))
+                with closing(self._first):
+                    self._read(self._first, self._parents)
+                    self._batch = self._staged(self._first)
+                self._stack.callback(self._batch.close)
+                self._ahead = Ahead(self._further())
+                self._stack.callback(self._ahead.close)
                 self._compare_clocks(self._batch)
                 self._batch.upsert(self._parents)
         return self.report
@@ -109,13 +112,13 @@ class Pass:
         """Process dependents and deletes, then all further batches; wait until the source has acknowledged them."""
         if self._ended:
             return self.report
-        with self._invalid_keys_end_the_pass(), closing(self._read_ahead()) as batches:
-            if self._batch is not None:
+        with self._invalid_keys_end_the_pass():
+            if self._batch is not None and self._ahead is not None:
                 self._commit(self._batch)
-            for intake in batches:
-                with self._new_batch(intake) as batch:
-                    batch.upsert(self._parents)
-                    self._commit(batch)
+                for batch in self._ahead:
+                    with closing(batch):
+                        batch.upsert(self._parents)
+                        self._commit(batch)
             self._consumed = not self._catalog.left_out
         self._acknowledger.finish()
         self.link.unrecovered.discard(self.source)
@@ -173,24 +176,18 @@ class Pass:
         return unknown
 
     def _read(self, intake: Intake, tables: list[str]) -> None:
-        self._held[id(intake)] = intake
         for part in intake.of(tables):
             self._snapshot.read_rows(part, intake.last_number + 1)
 
-    def _read_ahead(self) -> Generator[Intake, None, None]:
-        """Yield further intakes with their rows; the next is read while the caller works on the last."""
-
-        def read_next() -> Intake | None:
-            intake = next(self._intakes, None)
-            if intake is not None:
+    def _further(self) -> Iterator[Batch]:
+        """Read and stage further batches, one when it is asked for, in turn on the two writers of the target."""
+        second = True
+        for intake in self._intakes:
+            with closing(intake):
                 self._read(intake, [*self._dependents, *self._parents])
-            return intake
-
-        with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-            upcoming = pool.submit(read_next)
-            while (intake := upcoming.result()) is not None:
-                upcoming = pool.submit(read_next)
-                yield intake
+                batch = self._staged(intake, second=second)
+            yield batch
+            second = not second
 
     @contextmanager
     def _invalid_keys_end_the_pass(self) -> Iterator[None]:
@@ -220,17 +217,17 @@ class Pass:
 
     # --- writing ---
 
-    def _new_batch(self, intake: Intake) -> Batch:
+    def _staged(self, intake: Intake, *, second: bool = False) -> Batch:
         return Batch(
-            applier=self.link.applier(self.target),
+            applier=self.link.applier(self.target, second=second),
             config=self.link.config,
             snapshot=self._snapshot,
             intake=intake,
             source=self.source,
             target=self.target,
-            forget=self._acknowledger.acknowledged(),
+            forget=self._acknowledger.acknowledged,
             target_floor=self.link.sides[self.target].floor,
-        )
+        ).stage()
 
     def _commit(self, batch: Batch) -> None:
         batch.finish()
@@ -239,8 +236,29 @@ class Pass:
         self.report.events += batch.intake.events
         for table, counts in batch.counts.items():
             self.report.table(table).add(counts)
-        batch.intake.discard()
-        del self._held[id(batch.intake)]
+
+
+class Ahead:
+    """Prepares batches in a thread of its own: the next one is read and staged while the caller works on the last."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._upcoming = self._prepare()
+
+    def _prepare(self) -> Future[Batch | None]:
+        return self._pool.submit(next, self._batches, None)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while (batch := self._upcoming.result()) is not None:
+            self._upcoming = self._prepare()
+            yield batch
+
+    def close(self) -> None:
+        """Wait for the thread to end, and roll back a batch that nobody has asked for."""
+        self._pool.shutdown(wait=True)
+        if self._upcoming.exception() is None and (batch := self._upcoming.result()) is not None:
+            batch.close()
 
 
 class Acknowledger:

@@ -55,7 +55,7 @@ class Part:
         """How many rows were read."""
         return self.last_number - self.first_number + 1
 
-    def discard(self) -> None:
+    def close(self) -> None:
         """Free the rows."""
         if self.rows is not None:
             self.rows.close()
@@ -96,10 +96,10 @@ class Intake:
         """Return the parts of some tables, in the order of these."""
         return [part for table in tables for part in self.parts if part.table == table]
 
-    def discard(self) -> None:
+    def close(self) -> None:
         """Free the rows."""
         for part in self.parts:
-            part.discard()
+            part.close()
 
 
 @dataclass(frozen=True, slots=True)

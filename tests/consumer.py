@@ -146,9 +146,9 @@ class Consumer:
 
 
 def shut_sockets(link: Link) -> None:
-    """Shut the four connections of a link under it; safe while other threads use them."""
+    """Shut the connections of a link under it; safe while other threads use them."""
     for side in link.sides.values():
-        for connection in (side.writer, side.reader):
+        for connection in side.connections:
             if connection.closed:
                 continue
             with socket.socket(fileno=os.dup(connection.fileno())) as twin, suppress(OSError):
@@ -158,7 +158,7 @@ def shut_sockets(link: Link) -> None:
 def backends_of(link: Link) -> dict[str, list[int]]:
     """The process ids of a link's sessions on each node."""
     return {
-        name: [side.writer.info.backend_pid, side.reader.info.backend_pid]
+        name: [connection.info.backend_pid for connection in side.connections]
         for name, side in link.sides.items()
     }
 

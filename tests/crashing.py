@@ -30,8 +30,13 @@ class Point:
     name: str
 
     @contextmanager
-    def struck_by(self, fault: Callable[[], None], *, source: str | None = None) -> Iterator[None]:
-        """Let a fault strike once in a `with` block: when the direction from `source`, or any, first comes here."""
+    def struck_by(
+        self, fault: Callable[[], bool | None], *, source: str | None = None
+    ) -> Iterator[None]:
+        """Let a fault strike once in a `with` block: when the direction from `source`, or any, first comes here.
+
+        A fault that returns False did not strike; it is tried again at the next call.
+        """
         original = getattr(self.owner, self.name)
         has_struck = False
 
@@ -39,7 +44,7 @@ class Point:
             nonlocal has_struck
             if not has_struck and (source is None or source in running):
                 has_struck = True
-                fault()
+                has_struck = fault() is not False
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if self.when == "before":

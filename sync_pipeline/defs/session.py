@@ -145,7 +145,7 @@ def beside(work: Callable[[], T], link: Callable[[], Link | None]) -> Iterator[F
 def cancel(link: Link | None) -> None:
     """Cancel the statements that the connections of a link run."""
     for side in link.sides.values() if link is not None else ():
-        for connection in (side.writer, side.reader):
+        for connection in side.connections:
             with suppress(Exception):
                 if connection.info.transaction_status == pq.TransactionStatus.ACTIVE:
                     connection.cancel_safe(timeout=CANCEL_TIMEOUT_SECONDS)

@@ -143,7 +143,7 @@ def written(node: Node, link: Link, table: str) -> Counter[str]:
     """How many rows of a table were inserted, updated and deleted so far."""
     sessions = [node.connection]
     for side in link.sides.values():
-        sessions += [side.writer, side.reader]
+        sessions += side.connections
     for session in sessions:
         # Sent at the end of the next transaction instead of whenever a second has passed.
         session.execute("select pg_stat_force_next_flush()")

@@ -95,7 +95,7 @@ def test_a_server_stops_without_warning(durable_pair: Pair, point: str, victim: 
 @pytest.mark.parametrize("batch_size", [10_000, 7], ids=["one batch", "many batches"])
 @pytest.mark.parametrize("point", POINTS)
 def test_a_connection_is_cut(pair: Pair, point: str, batch_size: int) -> None:
-    """Each of the four, in each direction."""
+    """Each of the four that a consumer always has, in each direction."""
     write_config(pair.config_path, batch_size=batch_size)
     config = prepared(pair)
     cuts = [(source, *connection) for source in NODES for connection in CONNECTIONS]
@@ -115,6 +115,30 @@ def test_a_connection_is_cut(pair: Pair, point: str, batch_size: int) -> None:
         assert len(cut) == 1
         assert all(isinstance(error, PassInterrupted) for error in interruptions)
     assert_each_write_had_its_effect_once(pair, *firsts)
+
+
+@pytest.mark.parametrize("point", list(POINTS)[1:])
+def test_the_connection_of_the_second_writer_is_cut(pair: Pair, point: str) -> None:
+    """It is there from the second batch on."""
+    write_config(pair.config_path, batch_size=7)
+    config = prepared(pair)
+    interruptions: list[Exception] = []
+    listener = stream.Listener(interrupted=lambda error, _: interruptions.append(error))
+    for first, source, target in ((10, "crm", "billing"), (20, "billing", "crm")):
+        work(pair, first)
+        cut: list[int] = []
+
+        def strike() -> bool:
+            cut.extend(terminate(getattr(pair, target), "second writer"))  # noqa: B023
+            if cut:  # noqa: B023
+                go_on(pair, first)  # noqa: B023
+            return bool(cut)  # noqa: B023
+
+        with POINTS[point].struck_by(strike, source=source):
+            stream.sync(config, listener)
+        assert cut
+    assert all(isinstance(error, PassInterrupted) for error in interruptions)
+    assert_each_write_had_its_effect_once(pair, 10, 20)
 
 
 def terminate(node: Node, role: str) -> list[int]:

@@ -415,6 +415,32 @@ def test_the_lock_of_a_failed_start_is_given_back(pair: Pair, config: Config) ->
         assert pair.crm.value("select count(*) from pg_locks where locktype = 'advisory'") == 0
 
 
+def test_nobody_leads_while_a_second_writer_of_the_last_leader_lives(
+    pair: Pair, config: Config
+) -> None:
+    with lead(config) as last:
+        last.applier("billing", second=True)
+        for node, side in zip(pair.nodes, last.sides.values(), strict=True):
+            node.execute("select pg_terminate_backend(%s, 10000)", side.writer.info.backend_pid)
+        with pytest.raises(LockTaken, match="it has just left"), lead(config):
+            pass
+        second = last.sides["billing"].second_writer
+        assert second is not None
+        pair.billing.execute("select pg_terminate_backend(%s, 10000)", second.info.backend_pid)
+        with lead(config):
+            pass
+
+
+def test_who_leads_no_longer_gets_no_second_writer(pair: Pair, config: Config) -> None:
+    with lead(config) as last:
+        for node, side in zip(pair.nodes, last.sides.values(), strict=True):
+            node.execute("select pg_terminate_backend(%s, 10000)", side.writer.info.backend_pid)
+        with pytest.raises(LockTaken, match="taken over"):
+            last.applier("billing", second=True)
+        with lead(config), pytest.raises(LockTaken, match="taken over"):
+            last.applier("billing", second=True)
+
+
 @pytest.mark.parametrize("node", ["crm", "billing"])
 @pytest.mark.parametrize("role", ["writer", "reader"])
 def test_the_loop_reconnects_by_itself(pair: Pair, config: Config, node: str, role: str) -> None:

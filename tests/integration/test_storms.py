@@ -60,7 +60,7 @@ def floor_follows(node: Node, link: Link, distance: int) -> bool:
 def blocks_of_events(node: Node, link: Link) -> int:
     """How many blocks of `sync_events` the sessions of the consumer have read so far."""
     for side in link.sides.values():
-        for session in (side.writer, side.reader):
+        for session in side.connections:
             session.execute("select pg_stat_force_next_flush()")
             session.execute("select")
     node.execute("select pg_stat_force_next_flush()")
