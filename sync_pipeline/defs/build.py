@@ -52,7 +52,7 @@ def build_sync_definitions(
         },
     )
     verify_checks = checks.verify_checks(names)
-    stream_job = streaming.stream_job(names, resource_defs=link, tags=names.tags)
+    stream_job = streaming.stream_job(names, stream_seconds, resource_defs=link, tags=names.tags)
     maintenance_job = maintenance.maintenance_job(names, resource_defs=link, tags=names.tags)
     return dg.Definitions(
         assets=assets.asset_specs(names, owners),

@@ -7,6 +7,7 @@ import dagster as dg
 
 from sync_pipeline.defs.glance import leading, look
 from sync_pipeline.defs.names import Names
+from sync_pipeline.defs.streaming import budget_of
 from sync_pipeline.errors import SyncPipelineError
 
 MINIMUM_INTERVAL_SECONDS = 5
@@ -45,10 +46,10 @@ def sync_sensor(names: Names, job: dg.JobDefinition) -> dg.SensorDefinition:
         where = " and ".join(seen.waiting)
         if seen.leader is not None:
             return dg.SkipReason(f"changes wait on {where}; {seen.leader}")
-        for run_id, seconds in _in_progress(context.instance, job.name):
+        for run, seconds in _in_progress(context.instance, job.name):
             if seconds is None or seconds < START_SECONDS:
                 return dg.SkipReason(
-                    f"changes wait on {where}; run {run_id[:8]} was asked for and is about to lead"
+                    f"changes wait on {where}; run {run.run_id[:8]} was asked for and is about to lead"
                 )
         return dg.RunRequest(tags={"sync/asked_by": f"changes wait on {where}"})
 
@@ -79,15 +80,16 @@ def stream_sensor(
         except SyncPipelineError as error:
             return dg.SkipReason(str(error))
         within_budget = 0
-        for run_id, seconds in _in_progress(context.instance, job.name):
-            run = f"run {run_id[:8]}"
+        for run, seconds in _in_progress(context.instance, job.name):
+            name = f"run {run.run_id[:8]}"
             if seconds is None or seconds < start_seconds:
-                return dg.SkipReason(f"{run} was asked for and leads or stands by")
+                return dg.SkipReason(f"{name} was asked for and leads or stands by")
+            # A run that was launched by hand may have a budget of its own.
+            left = budget_of(run, budget_seconds) - seconds
             # Whatever its status says, a run that should lead while nobody does is dead.
-            if seconds < budget_seconds - successor_seconds and leader is not None:
-                left = budget_seconds - seconds
-                return dg.SkipReason(f"{run} has {left:.0f} seconds left; {leader}")
-            within_budget += seconds < budget_seconds
+            if left > successor_seconds and leader is not None:
+                return dg.SkipReason(f"{name} has {left:.0f} seconds left; {leader}")
+            within_budget += left > 0
             if within_budget == 2:
                 return dg.SkipReason("two runs are there and neither leads: read their logs")
         return dg.RunRequest(tags={"sync/asked_by": leader or "nobody leads"})
@@ -95,7 +97,9 @@ def stream_sensor(
     return stream
 
 
-def _in_progress(instance: dg.DagsterInstance, job_name: str) -> Iterator[tuple[str, float | None]]:
+def _in_progress(
+    instance: dg.DagsterInstance, job_name: str
+) -> Iterator[tuple[dg.DagsterRun, float | None]]:
     """Yield the unfinished runs of a job, the newest first, with the seconds since their start; None: not started.
 
     A run that says it is running may be dead, so what its age means is the caller's to judge.
@@ -105,4 +109,4 @@ def _in_progress(instance: dg.DagsterInstance, job_name: str) -> Iterator[tuple[
     for record in instance.get_run_records(filters, limit=10):
         run = record.dagster_run
         started = record.start_time or record.create_timestamp.timestamp()
-        yield run.run_id, None if run.status in NOT_STARTED else now - started
+        yield run, None if run.status in NOT_STARTED else now - started

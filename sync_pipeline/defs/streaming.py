@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
 from sync_pipeline import stream
 from sync_pipeline.defs.metadata import counts_in_words, observations
@@ -25,7 +26,7 @@ LEADS = "leads"
 class StreamConfig(dg.Config):
     """How long the run lasts; its successor stands by before it ends."""
 
-    seconds: float = DEFAULT_BUDGET_SECONDS
+    seconds: float = Field(default=DEFAULT_BUDGET_SECONDS, gt=0)
 
 
 @dg.op(
@@ -62,8 +63,8 @@ def stream_changes(context: dg.OpExecutionContext, config: StreamConfig) -> Iter
     yield dg.Output(None, metadata={"passes": totals.passes, "seconds": round(totals.seconds, 1)})
 
 
-def stream_job(names: Names, **options: Any) -> dg.JobDefinition:
-    """Return the job of the loop."""
+def stream_job(names: Names, budget_seconds: float, **options: Any) -> dg.JobDefinition:
+    """Return the job of the loop; a run that is not told otherwise lasts `budget_seconds`."""
     name = names.of("stream_job")
 
     @dg.graph(
@@ -73,7 +74,19 @@ def stream_job(names: Names, **options: Any) -> dg.JobDefinition:
     def loop() -> None:
         stream_changes()
 
-    return loop.to_job(name=name, executor_def=dg.in_process_executor, **options)
+    return loop.to_job(
+        name=name,
+        executor_def=dg.in_process_executor,
+        config={"ops": {"stream_changes": {"config": {"seconds": budget_seconds}}}},
+        **options,
+    )
+
+
+def budget_of(run: dg.DagsterRun, otherwise: float) -> float:
+    """Return how many seconds a run of the loop was told to last."""
+    config: Any = run.run_config
+    told = config.get("ops", {}).get("stream_changes", {}).get("config", {})
+    return float(told.get("seconds", otherwise))
 
 
 class _Following:

@@ -12,7 +12,7 @@ import pytest
 from sync_pipeline import link as links
 from sync_pipeline.defs import sensors, streaming
 from tests import dagster_runs
-from tests.dagster_runs import failure_of, run, tick
+from tests.dagster_runs import failure_of, metadata, run, tick
 from tests.engine import config_of, equal
 from tests.helpers import Pair
 
@@ -125,10 +125,37 @@ def test_the_stream_sensor_replaces_a_run_that_only_seems_to_run(
     assert len(tick(link, instance, "stream_sensor").requests) == 1
 
 
-def start_stream(pair: Pair, instance: dg.DagsterInstance) -> None:
+def test_runs_of_a_link_last_as_long_as_its_definitions_say(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    job = dagster_runs.definitions(link, stream_seconds=1).resolve_job_def("stream_job")
+    result = job.execute_in_process(instance=instance)
+    assert metadata(result, "stream_changes")["seconds"] < 30
+
+
+def test_the_stream_sensor_counts_the_budget_that_a_run_was_launched_with(
+    link: Pair, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_stream(link, instance, seconds=3600)
+    with links.lead(config_of(link)):
+        pass_time(monkeypatch, 600)
+        early = tick(link, instance, "stream_sensor")
+        pass_time(monkeypatch, 3570)
+        due = tick(link, instance, "stream_sensor")
+    assert early.requests == []
+    assert "3000 seconds left" in early.skipped
+    assert len(due.requests) == 1
+
+
+def start_stream(pair: Pair, instance: dg.DagsterInstance, *, seconds: float | None = None) -> None:
     """Put a run into the list that is shown as running, and do nothing else."""
     job = dagster_runs.definitions(pair).resolve_job_def("stream_job")
-    instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+    config = {"seconds": seconds} if seconds is not None else {}
+    instance.create_run_for_job(
+        job,
+        run_config={"ops": {"stream_changes": {"config": config}}},
+        status=dg.DagsterRunStatus.STARTED,
+    )
 
 
 def pass_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
