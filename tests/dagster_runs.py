@@ -1,13 +1,16 @@
 """Verbs for tests of what Dagster runs: definitions of a pair, runs in this process, what a run said."""
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
+import pytest
 
-from sync_pipeline.defs import build_sync_definitions
+from sync_pipeline.defs import build_sync_definitions, sensors
 from tests.engine import config_of
 from tests.helpers import Pair
 
@@ -93,6 +96,12 @@ def tick(
         decided.cursor,
         list(decided.asset_events),
     )
+
+
+def pass_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let the sensors see a clock that much ahead."""
+    ahead = SimpleNamespace(time=lambda: time.time() + seconds)
+    monkeypatch.setattr(sensors, "time", ahead)
 
 
 def _plain(value: dg.MetadataValue[Any]) -> Any:

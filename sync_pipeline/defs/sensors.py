@@ -15,6 +15,7 @@ MINIMUM_INTERVAL_SECONDS = 5
 START_SECONDS = 60.0
 # How long before the end of a stream its successor is asked for: a launch takes seconds, a busy queue longer.
 SUCCESSOR_SECONDS = 45.0
+GHOST = "its process is gone: it neither leads nor says anything"
 NOT_STARTED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED]
 UNDER_WAY = [
     dg.DagsterRunStatus.STARTING,
@@ -46,6 +47,7 @@ def sync_sensor(names: Names, job: dg.JobDefinition) -> dg.SensorDefinition:
         where = " and ".join(seen.waiting)
         if seen.leader is not None:
             return dg.SkipReason(f"changes wait on {where}; {seen.leader}")
+        _end_ghosts(context.instance, job.name)
         for run, seconds in _in_progress(context.instance, job.name):
             if seconds is None or seconds < START_SECONDS:
                 return dg.SkipReason(
@@ -95,6 +97,22 @@ def stream_sensor(
         return dg.RunRequest(tags={"sync/asked_by": leader or "nobody leads"})
 
     return stream
+
+
+def _end_ghosts(instance: dg.DagsterInstance, job_name: str) -> None:
+    """Mark runs as failed whose process is gone; only for while nobody leads, since a run that works on a pass leads.
+
+    The code server notices when a run that it started dies. Where both are gone, as after a restart of their machine,
+    nobody does, and the run would keep its place in the queue from all that come after it.
+    """
+    for run, seconds in _in_progress(instance, job_name):
+        if run.status is not dg.DagsterRunStatus.STARTED or seconds is None:
+            continue
+        # One that has just led and is about to end has said so a moment ago.
+        said = instance.get_records_for_run(run.run_id, limit=1, ascending=False).records
+        quiet = time.time() - said[0].event_log_entry.timestamp if said else seconds
+        if min(quiet, seconds) > START_SECONDS:
+            instance.report_run_failed(run, GHOST)
 
 
 def _in_progress(

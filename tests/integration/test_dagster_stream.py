@@ -1,16 +1,14 @@
 """`stream_job` and `stream_sensor`, run in the process of the test."""
 
-import time
 from itertools import pairwise
 from threading import Event, Thread
-from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
 import pytest
 
 from sync_pipeline import link as links
-from sync_pipeline.defs import sensors, streaming
+from sync_pipeline.defs import streaming
 from tests import dagster_runs
 from tests.dagster_runs import failure_of, metadata, run, tick
 from tests.engine import config_of, equal
@@ -104,12 +102,12 @@ def test_the_stream_sensor_has_a_successor_stand_by_before_a_run_ends(
 ) -> None:
     start_stream(link, instance)
     with links.lead(config_of(link)):
-        pass_time(monkeypatch, 500)
+        dagster_runs.pass_time(monkeypatch, 500)
         early = tick(link, instance, "stream_sensor")
-        pass_time(monkeypatch, 560)
+        dagster_runs.pass_time(monkeypatch, 560)
         due = tick(link, instance, "stream_sensor")
         start_stream(link, instance)
-        pass_time(monkeypatch, 570)
+        dagster_runs.pass_time(monkeypatch, 570)
         enough = tick(link, instance, "stream_sensor")
     assert early.requests == []
     assert "100 seconds left; backend " in early.skipped
@@ -121,7 +119,7 @@ def test_the_stream_sensor_replaces_a_run_that_only_seems_to_run(
     link: Pair, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start_stream(link, instance)
-    pass_time(monkeypatch, 300)
+    dagster_runs.pass_time(monkeypatch, 300)
     assert len(tick(link, instance, "stream_sensor").requests) == 1
 
 
@@ -138,9 +136,9 @@ def test_the_stream_sensor_counts_the_budget_that_a_run_was_launched_with(
 ) -> None:
     start_stream(link, instance, seconds=3600)
     with links.lead(config_of(link)):
-        pass_time(monkeypatch, 600)
+        dagster_runs.pass_time(monkeypatch, 600)
         early = tick(link, instance, "stream_sensor")
-        pass_time(monkeypatch, 3570)
+        dagster_runs.pass_time(monkeypatch, 3570)
         due = tick(link, instance, "stream_sensor")
     assert early.requests == []
     assert "3000 seconds left" in early.skipped
@@ -156,9 +154,3 @@ def start_stream(pair: Pair, instance: dg.DagsterInstance, *, seconds: float | N
         run_config={"ops": {"stream_changes": {"config": config}}},
         status=dg.DagsterRunStatus.STARTED,
     )
-
-
-def pass_time(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Let the sensors see a clock that much ahead."""
-    ahead = SimpleNamespace(time=lambda: time.time() + seconds)
-    monkeypatch.setattr(sensors, "time", ahead)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import dagster as dg
@@ -188,6 +189,45 @@ def test_the_sensor_never_asks_twice_for_the_same_work(
     asked = tick(link, instance)
     assert asked.requests == []
     assert f"run {queued.run_id[:8]} was asked for" in asked.skipped
+
+
+def test_the_sensor_ends_a_run_whose_process_is_gone_so_that_others_get_its_place(
+    link: Pair, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_family(link.crm)
+    job = dagster_runs.definitions(link).resolve_job_def("sync_job")
+    ghost = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+    behind = instance.create_run_for_job(job, status=dg.DagsterRunStatus.NOT_STARTED)
+
+    def statuses() -> list[str]:
+        runs = [instance.get_run_by_id(run.run_id) for run in (ghost, behind)]
+        return [run.status.value for run in runs if run is not None]
+
+    tick(link, instance)
+    assert statuses() == ["STARTED", "NOT_STARTED"]
+    dagster_runs.pass_time(monkeypatch, 70)
+    with links.lead(config_of(link)):
+        tick(link, instance)
+        assert statuses() == ["STARTED", "NOT_STARTED"]
+    assert f"run {behind.run_id[:8]} was asked for" in tick(link, instance).skipped
+    assert statuses() == ["FAILURE", "NOT_STARTED"]
+
+
+def test_the_sensor_leaves_a_run_alone_that_said_something_a_moment_ago(
+    link: Pair, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_family(link.crm)
+    job = dagster_runs.definitions(link).resolve_job_def("sync_job")
+    run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+    now = time.time()
+    with monkeypatch.context() as later:
+        later.setattr(time, "time", lambda: now + 69)
+        instance.report_engine_event("works", run)
+    dagster_runs.pass_time(monkeypatch, 70)
+    tick(link, instance)
+    stored = instance.get_run_by_id(run.run_id)
+    assert stored is not None
+    assert stored.status is dg.DagsterRunStatus.STARTED
 
 
 @pytest.mark.dagster
