@@ -57,7 +57,7 @@ def eventually(what: str, look: Callable[[], T], seconds: float = 60.0) -> T:
 class Dagster:
     """Three processes with a DAGSTER_HOME of their own for the link of a `sync.yaml`. Use as a `with` block.
 
-    `environment` holds what the configuration and the settings read.
+    `environment` holds what the configuration and the settings read; `module` has the definitions.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Dagster:
         environment: Mapping[str, str],
         home: Path,
         settings: Path = HOME / "dagster.yaml",
+        module: str = "sync_pipeline.definitions",
     ) -> None:
         self.home = home
         home.mkdir(parents=True)
@@ -84,6 +85,7 @@ class Dagster:
         self._places = {
             "0.0.0.0": "127.0.0.1",  # noqa: S104 - in a container of its own
             "/opt/dagster": str(home),
+            "sync_pipeline.definitions": module,
             "3000": str(self.port),
             "4000": str(self._code_port),
         }
@@ -169,9 +171,17 @@ class Dagster:
 
     def kill_run(self, run_id: str) -> None:
         """Kill the process of a run with SIGKILL."""
+        os.kill(self.run_pid(run_id), signal.SIGKILL)
+
+    def run_pid(self, run_id: str) -> int:
+        """The process of a run, as its log tells it."""
         found = [re.search(r"\(pid: (\d+)\)", message) for message in self.said(run_id)]
         (pid,) = {int(match[1]) for match in found if match is not None}
-        os.kill(pid, signal.SIGKILL)
+        return pid
+
+    def pid(self, name: str) -> int:
+        """One of the processes: `code`, `webserver` or `daemon`."""
+        return self._processes[name].pid
 
     def said(self, run_id: str) -> list[str]:
         """The messages in the log of a run."""
@@ -181,6 +191,16 @@ class Dagster:
             id=run_id,
         )
         return [event.get("message") or "" for event in answer["logsForRun"]["events"]]
+
+    def failure_of(self, run_id: str) -> str:
+        """What the failed step of a run says."""
+        answer = self.ask(
+            """query ($id: ID!) { logsForRun(runId: $id) { ... on EventConnection { events {
+                ... on ExecutionStepFailureEvent { failureMetadata { description } } } } } }""",
+            id=run_id,
+        )
+        (failed,) = [event for event in answer["logsForRun"]["events"] if event]
+        return str(failed["failureMetadata"]["description"])
 
     def ask(self, query: str, **variables: Any) -> Any:
         """Send a GraphQL query and return its data."""
@@ -245,6 +265,57 @@ class Dagster:
         )["stopSensor"]
         assert answer["__typename"] == "StopSensorMutationResult", answer
 
+    def start_sensor(self, name: str) -> None:
+        """Start a sensor as its switch does."""
+        answer = self.ask(
+            "mutation ($selector: SensorSelector!) { startSensor(sensorSelector: $selector) { __typename } }",
+            selector=_selector(sensorName=name),
+        )["startSensor"]
+        assert answer["__typename"] == "Sensor", answer
+
+    def start_schedule(self, name: str) -> str:
+        """Start a schedule as its switch does; return the id that stops it."""
+        answer = self.ask(
+            """mutation ($selector: ScheduleSelector!) { startSchedule(scheduleSelector: $selector) {
+                ... on ScheduleStateResult { scheduleState { id } } ... on Error { message } } }""",
+            selector=_selector(scheduleName=name),
+        )["startSchedule"]
+        assert "scheduleState" in answer, answer
+        return str(answer["scheduleState"]["id"])
+
+    def stop_schedule(self, schedule_id: str) -> None:
+        """Stop a schedule that was started."""
+        answer = self.ask(
+            "mutation ($id: String!) { stopRunningSchedule(id: $id) { __typename } }",
+            id=schedule_id,
+        )["stopRunningSchedule"]
+        assert answer["__typename"] == "ScheduleStateResult", answer
+
+    def ticks(self, sensor: str) -> list[dict[str, Any]]:
+        """The last looks of a sensor, the newest first: status, skipReason, runIds, timestamp and endTimestamp."""
+        answer = self.ask(
+            """query ($selector: SensorSelector!) { sensorOrError(sensorSelector: $selector) {
+                ... on Sensor { sensorState { ticks(limit: 25) {
+                id status skipReason runIds timestamp endTimestamp } } } } }""",
+            selector=_selector(sensorName=sensor),
+        )
+        return list(answer["sensorOrError"]["sensorState"]["ticks"])
+
+    def re_execute(self, run_id: str, job: str, steps: Sequence[str]) -> str:
+        """Re-execute some steps of a run, as its page does, and return the id of the new run."""
+        answer = self.ask(
+            """mutation ($params: ExecutionParams!) { launchRunReexecution(executionParams: $params) {
+                ... on LaunchRunSuccess { run { id } } ... on Error { message } } }""",
+            params={
+                "selector": _selector(jobName=job),
+                "runConfigData": {},
+                "stepKeys": list(steps),
+                "executionMetadata": {"parentRunId": run_id, "rootRunId": run_id, "tags": []},
+            },
+        )["launchRunReexecution"]
+        assert "run" in answer, answer
+        return str(answer["run"]["id"])
+
     def resume_backfill(self, backfill_id: str) -> None:
         """Re-execute a backfill from failure, as the menu of its page does."""
         answer = self.ask(
@@ -285,10 +356,10 @@ class Dagster:
         return self.status(run_id)
 
     def runs(self, job: str) -> list[dict[str, Any]]:
-        """The runs of a job, the newest first: id, status, tags."""
+        """The runs of a job, the newest first: id, status, startTime, endTime, tags."""
         answer = self.ask(
             """query ($filter: RunsFilter) { runsOrError(filter: $filter) {
-                ... on Runs { results { id status tags { key value } } } } }""",
+                ... on Runs { results { id status startTime endTime tags { key value } } } } }""",
             filter={"pipelineName": job},
         )
         return list(answer["runsOrError"]["results"])
@@ -326,6 +397,15 @@ class Dagster:
             for observation in answer["assetOrError"]["assetObservations"]
             for entry in observation["metadataEntries"]
         }
+
+    def observers(self, *asset: str) -> list[str]:
+        """The runs that observed an asset, once for each observation; empty for those of sensors."""
+        answer = self.ask(
+            """query ($key: AssetKeyInput!) { assetOrError(assetKey: $key) { ... on Asset {
+                assetObservations(limit: 100) { runId } } } }""",
+            key={"path": asset},
+        )
+        return [seen["runId"] for seen in answer["assetOrError"]["assetObservations"]]
 
     def _is_loaded(self) -> bool:
         for name, process in self._processes.items():

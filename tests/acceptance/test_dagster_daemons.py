@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from threading import Event, Thread
 
 import psycopg
 import pytest
@@ -137,40 +136,25 @@ def test_the_health_checks_of_the_deployment_tell_who_is_alive(dagster: Dagster)
     assert not dagster.is_healthy("webserver", port=free_port())
 
 
-def test_a_killed_code_server_or_daemon_only_delays(link: Pair, dagster: Dagster) -> None:
+def test_a_stream_goes_on_without_code_server_and_daemon_and_sensors_go_on_with_new_ones(
+    link: Pair, dagster: Dagster
+) -> None:
+    run = dagster.launch("stream_job")
+    eventually("it leads", lambda: "leads" in dagster.said(run))
     dagster.kill("code")
     dagster.kill("daemon")
     add_accounts(link.crm, 1, 100)
+    eventually("the stream has applied everything", lambda: is_synced(link))
+    assert len(link.billing.rows("accounts")) == 100
+    dagster.kill_run(run)
+    eventually("the locks are free", lambda: nobody_leads(link), 3)
+    add_accounts(link.crm, 101, 200)
     dagster.start("code")
     dagster.start("daemon")
-    eventually("everything is applied", lambda: is_synced(link), 90)
+    eventually("a new run has applied the rest", lambda: is_synced(link), 90)
     assert equal(link)
-
-
-def test_stream_runs_take_over_from_one_that_ends_is_killed_or_terminated_under_load(
-    link: Pair, dagster: Dagster
-) -> None:
-    def stream(seconds: int) -> str:
-        return dagster.launch(
-            "stream_job", {"ops": {"stream_changes": {"config": {"seconds": seconds}}}}
-        )
-
-    with writing(link):
-        first = stream(15)
-        eventually("the first leads", lambda: "leads" in dagster.said(first))
-        second = stream(240)
-        assert dagster.ended(first) == "SUCCESS"
-        eventually("the second leads", lambda: "leads" in dagster.said(second))
-        third = stream(240)
-        eventually("the third stands by", lambda: "stands by" in str(dagster.said(third)))
-        dagster.kill_run(second)
-        eventually("the third leads", lambda: "leads" in dagster.said(third), 15)
-        dagster.terminate(third)
-        eventually("the locks are free", lambda: nobody_leads(link), 5)
-        assert dagster.ended(third) == "CANCELED"
-    eventually("the sensor's run has applied the rest", lambda: is_synced(link))
-    assert equal(link)
-    assert len(link.crm.rows("accounts")) > 100
+    # Nobody noticed the end of a run whose code server was gone; it stands in no one's way.
+    assert dagster.status(run) == "STARTED"
 
 
 def test_a_backfill_goes_on_without_its_daemon_and_is_resumed_where_it_failed(
@@ -234,29 +218,6 @@ def test_replays_checks_observations_and_maintenance_work_on_postgres_storage(
     with psycopg.connect(storage) as connection:
         stored = connection.execute("select count(distinct run_id) from event_logs").fetchall()
     assert 0 < stored[0][0] < 5
-
-
-@contextmanager
-def writing(pair: Pair) -> Iterator[None]:
-    """Applications that insert on both nodes, over and over, until the block ends."""
-    over = Event()
-
-    def work() -> None:
-        insert = "insert into accounts (id, name) values (%s, 'new')"
-        with pair.crm.connect() as one, pair.billing.connect() as two:
-            number = 0
-            while not over.wait(0.02):
-                number += 2
-                one.execute(insert, [number])
-                two.execute(insert, [number + 1])
-
-    load = Thread(target=work)
-    load.start()
-    try:
-        yield
-    finally:
-        over.set()
-        load.join()
 
 
 def ended_slices(dagster: Dagster) -> dict[str, str]:

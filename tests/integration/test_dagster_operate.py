@@ -1,11 +1,6 @@
 """Replay, backfill, verify, checks, observations and alerts, run in the process of the test."""
 
-import json
 import logging
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import dagster as dg
@@ -16,6 +11,7 @@ from tests import dagster_runs
 from tests.dagster_runs import failure_of, metadata, run, tick
 from tests.engine import equal, installed, sync_pair
 from tests.helpers import Node, Pair, write_config
+from tests.webhooks import webhook
 
 USERS = dg.AssetKey(["sync", "users"])
 
@@ -243,30 +239,6 @@ def test_a_node_that_cannot_be_reached_is_an_alert(
     assert len(told) == 1
     assert "billing: cannot connect" in told[0]
     assert "hunter2" not in told[0]
-
-
-@contextmanager
-def webhook(got: list[dict[str, Any]], answers: Sequence[int]) -> Iterator[str]:
-    """A server of a team's channel that answers as told, one request each; the block gets its address."""
-    statuses = iter(answers)
-
-    class Receiver(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(next(statuses))
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - as the base class has it
-            """Say nothing."""
-
-    with HTTPServer(("127.0.0.1", 0), Receiver) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}/hook"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def test_alerts_go_to_the_log_and_to_the_webhook_of_the_environment(
