@@ -1,9 +1,13 @@
 """Verbs for tests of what Dagster runs: definitions of a pair, runs in this process, what a run said."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +17,8 @@ import pytest
 from sync_pipeline.defs import build_sync_definitions, sensors
 from tests.engine import config_of
 from tests.helpers import Pair
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @contextmanager
@@ -95,6 +101,27 @@ def tick(
         decided.skip_message or "",
         decided.cursor,
         list(decided.asset_events),
+    )
+
+
+def command(
+    pair: Pair, home: Path, *arguments: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `dagster` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "dagster", *arguments],
+        env={
+            **os.environ,
+            **pair.environment,
+            "DAGSTER_HOME": str(home),
+            "SYNC_CONFIG": str(pair.config_path),
+            **environment,
+        },
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
     )
 
 

@@ -24,6 +24,35 @@ from tests.helpers import Cluster, Pair, write_config
 
 PRUNE_ALL = {"ops": {"prune": {"config": {"keep_days": 0}}}}
 ROOT = Path(__file__).resolve().parents[2]
+# What `dg` writes into a new project, and the defs.yaml of docs/dagster.md.
+PROJECT = """
+from pathlib import Path
+
+from dagster import definitions, load_from_defs_folder
+
+
+@definitions
+def defs():
+    return load_from_defs_folder(path_within_project=Path(__file__).parent)
+"""
+PYPROJECT = """
+[project]
+name = "warehouse"
+version = "0.1.0"
+
+[tool.dg]
+directory_type = "project"
+
+[tool.dg.project]
+root_module = "warehouse"
+"""
+DEFS_YAML = """
+type: sync_pipeline.SyncComponent
+attributes:
+  config: sync.yaml
+  name: eu
+  owners: ["team:data"]
+"""
 JOBS = {"sync_job", "stream_job", "replay_job", "backfill_job", "verify_job", "maintenance_job"}
 
 
@@ -115,6 +144,25 @@ def test_the_component_makes_a_link_of_the_file_beside_its_defs_yaml(link: Pair)
             assert found.resolve_job_def("eu_sync_job").name == "eu_sync_job"
             keys = found.resolve_asset_graph().get_all_asset_keys()
             assert dg.AssetKey(["eu", "sync", "users"]) in keys
+
+
+@pytest.mark.dagster
+def test_the_component_loads_in_a_project_as_dg_makes_it(link: Pair, tmp_path: Path) -> None:
+    package = tmp_path / "src" / "warehouse"
+    folder = package / "defs" / "crm_billing"
+    folder.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "definitions.py").write_text(PROJECT)
+    (folder / "defs.yaml").write_text(DEFS_YAML)
+    (folder / "sync.yaml").write_text(link.config_path.read_text())
+    (tmp_path / "pyproject.toml").write_text(PYPROJECT)
+    done = dagster_runs.command(
+        link,
+        tmp_path,
+        *("definitions", "validate", "-m", "warehouse.definitions"),
+        PYTHONPATH=str(tmp_path / "src"),
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_the_package_does_not_import_dagster() -> None:

@@ -1,22 +1,18 @@
 """`sync_job` and `sync_sensor`, run in the process of the test."""
 
-import os
-import subprocess
-import sys
+import socket
 import time
 from pathlib import Path
 
 import dagster as dg
 import pytest
 
-from sync_pipeline import definitions
+from sync_pipeline import database, definitions
 from sync_pipeline import link as links
 from tests import dagster_runs
 from tests.dagster_runs import failure_of, metadata, run, tick
 from tests.engine import config_of, equal
 from tests.helpers import Node, Pair
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def sync_job() -> dg.JobDefinition:
@@ -180,6 +176,18 @@ def test_a_sensor_skips_in_one_line_without_a_password_while_a_node_is_down(
     assert "\n" not in skipped
 
 
+def test_a_look_at_a_node_that_takes_connections_and_says_nothing_ends_by_itself(
+    link: Pair, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "CONNECT_TIMEOUT_SECONDS", 2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        dsn = f"host=127.0.0.1 port={silent.getsockname()[1]} dbname=none"
+        link.config_path.write_text(link.config_path.read_text().replace("${BILLING_DSN}", dsn))
+        skipped = tick(link, instance).skipped
+    assert skipped.startswith("billing: cannot connect: ")
+    assert "timeout" in skipped
+
+
 def test_the_sensor_never_asks_twice_for_the_same_work(
     link: Pair, instance: dg.DagsterInstance
 ) -> None:
@@ -235,7 +243,7 @@ def test_a_run_in_a_process_of_its_own_syncs_and_frees_the_locks(
     link: Pair, tmp_path: Path
 ) -> None:
     add_family(link.crm)
-    done = _dagster(
+    done = dagster_runs.command(
         link, tmp_path, "job", "execute", "-m", "sync_pipeline.definitions", "-j", "sync_job"
     )
     assert done.returncode == 0, done.stderr
@@ -250,24 +258,8 @@ def test_a_missing_configuration_is_the_error_that_the_code_location_shows(
     link: Pair, tmp_path: Path
 ) -> None:
     link.config_path.unlink()
-    done = _dagster(link, tmp_path, "definitions", "validate", "-m", "sync_pipeline.definitions")
+    done = dagster_runs.command(
+        link, tmp_path, "definitions", "validate", "-m", "sync_pipeline.definitions"
+    )
     assert done.returncode != 0
     assert "sync.yaml: does not exist; copy sync.example.yaml there" in done.stdout + done.stderr
-
-
-def _dagster(pair: Pair, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        **pair.environment,
-        "DAGSTER_HOME": str(home),
-        "SYNC_CONFIG": str(pair.config_path),
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "dagster", *arguments],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
