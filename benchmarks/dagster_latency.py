@@ -4,7 +4,8 @@ All of it is real: webserver, daemon, code server, and runs in processes of thei
 commit on the source to its commit on the target. Idle: it is the only one, and comes at any moment between two looks
 of the sensor. Load: applications update records on both nodes all the time.
 
-It is not part of `make bench`: the sensor alone takes eight minutes. `--scale 0.2` takes 10 changes instead of 50.
+It is not part of `make bench`: 50 changes take a quarter of an hour, most of it the sensor's. `--samples 3` tries it
+out; `--write` puts the table into docs/dagster.md.
 """
 
 import random
@@ -16,15 +17,16 @@ from pathlib import Path
 
 import psycopg
 
-from benchmarks import figures, workloads
+from benchmarks import dagster_page, figures, report, workloads
 from benchmarks.arena import Arena, Databases
-from benchmarks.figures import Figure, Options
+from benchmarks.figures import Figure
 from benchmarks.latency import TELL, Arrivals
 from benchmarks.processes import repeated
 from sync_pipeline.defs.glance import leading
 from tests.dagster_processes import Dagster
 
 CHANGES = 50
+STOPS = 5
 ITEMS = 10_000
 # Between two looks of the sensor any moment is as likely as another.
 SENSOR_REST_SECONDS = 5.0
@@ -36,9 +38,8 @@ LEAD_SECONDS = 60.0
 LOOK_SECONDS = 0.005
 
 
-def measure(arena: Arena, options: Options) -> list[Figure]:
+def measure(arena: Arena, changes: int) -> list[Figure]:
     """Time changes through both ways, idle and under load; then stop runs in both ways."""
-    changes = max(5, int(CHANGES * options.scale))
     found = []
     with arena.link("dagster", workloads.items(ITEMS), ["items"]) as databases:
         databases.target.execute(TELL)
@@ -53,7 +54,7 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
                 dagster.stop_sensor("sync_sensor")
                 with _streaming(dagster):
                     found += _both("the stream", databases, seen, changes, STREAM_REST_SECONDS)
-                found += _stops(dagster, databases, options.rounds)
+                found += _stops(dagster, databases, min(STOPS, changes))
     return found
 
 
@@ -153,5 +154,32 @@ def _until(happened: Callable[[], bool]) -> None:
         time.sleep(LOOK_SECONDS)
 
 
+def render(found: list[Figure]) -> str:
+    """The table of both ways, and how soon the locks are free."""
+    *ways, terminated, killed = found
+    rows = [
+        (name, *(cell for figure in ways[first : first + 2] for cell in _cells(figure)))
+        for name, first in (("runs that `sync_sensor` asks for", 0), ("`stream_job`", 2))
+    ]
+    how = (
+        f"Under load means {1 / LOAD_INTERVAL_SECONDS:.0f} updates a second on each node. After a stream run under that"
+        f" load was terminated, both locks were free in {_stopped(terminated)}; after `kill -9`, in {_stopped(killed)}."
+    )
+    headings = ("", "idle: median", "p95", "under load: median", "p95")
+    return f"{report.table(headings, rows)}\n\n{how}"
+
+
+def _cells(figure: Figure) -> tuple[str, str]:
+    return _seconds(figure.value), _seconds(figure.details["p95"])
+
+
+def _stopped(figure: Figure) -> str:
+    return f"{_seconds(figure.value)} (at most {max(figure.samples):.2f})"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
+
+
 if __name__ == "__main__":
-    figures.main(measure, description=__doc__)
+    dagster_page.main(measure, render, samples=CHANGES, description=__doc__)

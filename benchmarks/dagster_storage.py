@@ -5,7 +5,8 @@ by the runs of a day. Runs are executed in this process; a run that is launched 
 The stream's runs are shortened: the observations of ten minutes are told within seconds, so that a run stores what a
 real one stores.
 
-It is not part of `make bench`. `--scale 0.2` executes 10 sync runs instead of 50.
+It is not part of `make bench`. `--samples 10` executes 10 sync runs instead of 50; `--write` puts the table into
+docs/dagster.md.
 """
 
 import os
@@ -22,9 +23,9 @@ import psycopg
 from dagster._core.definitions.run_request import InstigatorType
 from dagster._core.scheduler.instigation import TickData, TickStatus
 
-from benchmarks import figures, workloads
+from benchmarks import dagster_page, report, workloads
 from benchmarks.arena import Arena, Databases
-from benchmarks.figures import Figure, Options
+from benchmarks.figures import Figure
 from benchmarks.processes import repeated
 from sync_pipeline.defs import build_sync_definitions, streaming
 from tests.dagster_processes import storage_environment
@@ -45,9 +46,8 @@ CHANGE_SECONDS = 0.05
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
-def measure(arena: Arena, options: Options) -> list[Figure]:
+def measure(arena: Arena, runs: int) -> list[Figure]:
     """Execute runs of both ways and scale what they store to a day."""
-    runs = max(5, int(SYNC_RUNS * options.scale))
     tables = [f"items{number}" for number in range(TABLES)]
     schema = "".join(workloads.items(1000, name=table) for table in tables)
     with (
@@ -142,5 +142,27 @@ def _changing(databases: Databases, tables: list[str]) -> Iterator[None]:
             yield
 
 
+def render(found: list[Figure]) -> str:
+    """What each run stores, and what a day adds."""
+    sync, stream, sync_day, stream_day, ticks = (
+        f"{figure.value:,.0f} {figure.unit}" for figure in found
+    )
+    rows = [
+        (
+            f"runs that `sync_sensor` asks for, one in {SYNC_RUN_SECONDS:.0f} seconds",
+            sync,
+            sync_day,
+        ),
+        ("`stream_job`, a run in ten minutes", stream, stream_day),
+        ("ticks of all sensors that found nothing, kept for a day", "", f"{ticks} in all"),
+    ]
+    how = (
+        f"Extrapolated: the growth of the database over these sync runs and {STREAM_RUNS} stream runs, divided by their"
+        " number and multiplied by the runs of a day (an hour has"
+        f" {3600 / SYNC_RUN_SECONDS:.0f} and {3600 / streaming.DEFAULT_BUDGET_SECONDS:.0f})."
+    )
+    return f"{report.table(('', 'each stores', 'a day adds'), rows)}\n\n{how}"
+
+
 if __name__ == "__main__":
-    figures.main(measure, description=__doc__)
+    dagster_page.main(measure, render, samples=SYNC_RUNS, description=__doc__)

@@ -38,30 +38,30 @@ def render(document: dict[str, Any]) -> str:
     ]
     parts = [
         f"{circumstances}.",
-        _table(("figure", "target", "median", "least - most", "reached"), rows),
+        table(("figure", "target", "median", "least - most", "reached"), rows),
     ]
     profiles = [figure for figure in figures if "profile" in figure["details"]]
     if profiles:
         parts += [
             "Where the processor's time of a drain goes, in seconds (by the clock in parentheses):",
-            _table(("drain", *STAGES, "rest"), map(_profile, profiles)),
+            table(("drain", *STAGES, "rest"), map(_profile, profiles)),
         ]
     users = [figure for figure in figures if "cpu" in figure["details"]]
     if users:
         parts += [
             "Processor time by who used it, in seconds:",
-            _table(("drain", "who"), map(_users, users)),
+            table(("drain", "who"), map(_users, users)),
         ]
     return "\n\n".join(parts)
 
 
-def replace(page: str, text: str) -> str:
-    """Put a text between the markers of a page."""
-    before, _, rest = page.partition(BEGIN)
+def replace(page: str, text: str, begin: str = BEGIN) -> str:
+    """Put a text between a marker of a page and the end after it."""
+    before, _, rest = page.partition(begin)
     _, _, after = rest.partition(END)
     if not rest or END not in rest:
-        raise SystemExit(f"the page has no {BEGIN} with {END} after it")
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+        raise SystemExit(f"the page has no {begin} with {END} after it")
+    return f"{before}{begin}\n\n{text}\n\n{END}{after}"
 
 
 def _profile(figure: dict[str, Any]) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ def _users(figure: dict[str, Any]) -> tuple[str, str]:
     return figure["name"], ", ".join(f"{name} {seconds:.2f}" for name, seconds in listed)
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import pictures, report, stages
+from benchmarks import dagster_page, pictures, report, stages
 from benchmarks.figures import Figure, Options, Run
 
 
@@ -62,6 +62,16 @@ def test_the_performance_page_has_the_markers() -> None:
     page = report.PAGE.read_text(encoding="utf-8")
 
     assert "\n\nnew\n\n" in report.replace(page, "new")
+
+
+@pytest.mark.parametrize("name", ["dagster_latency", "dagster_memory", "dagster_storage"])
+def test_the_page_about_dagster_has_the_markers_of_each_measurement(name: str) -> None:
+    page = dagster_page.PAGE.read_text(encoding="utf-8")
+
+    written = report.replace(page, "new", dagster_page.begin(name))
+
+    assert written.count("\n\nnew\n\n") == 1
+    assert written.count(report.END) == page.count(report.END) == 3
 
 
 def test_the_same_figures_draw_the_same_pictures(document: dict[str, Any], tmp_path: Path) -> None:
