@@ -3,7 +3,9 @@
 `--screenshots docs/images` renews the pictures of the documentation.
 """
 
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ from tests.helpers import Pair
 
 pytestmark = [pytest.mark.browser, pytest.mark.dagster, pytest.mark.timeout(300), browser.needed]
 
-# How many accounts and users change between two passes; what the plots draw.
-ROUNDS = ((12, 30), (40, 8), (25, 55), (70, 20), (35, 64), (52, 41))
+# How many accounts and users change between two passes, and for how many seconds they wait; what the plots draw.
+ROUNDS = ((12, 30, 3), (40, 8, 9), (25, 55, 4), (70, 20, 21), (35, 64, 7), (52, 41, 12))
+ROUND_SECONDS = 600
 SLICES = [f"accounts/{number:02}-of-16" for number in range(1, 4)]
 
 
@@ -29,16 +32,19 @@ def dagster(link: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Da
     with pytest.MonkeyPatch.context() as environment:
         for name, dsn in link.environment.items():
             environment.setenv(name, dsn)
-        work_for_a_while(link, dagster)
+        work_for_a_while(link, dagster, environment)
     with dagster:
         yield dagster
 
 
-def work_for_a_while(pair: Pair, dagster: Dagster) -> None:
-    """Change rows, look and pass, several times; everything in this process, but for the same storage."""
+def work_for_a_while(pair: Pair, dagster: Dagster, patch: pytest.MonkeyPatch) -> None:
+    """Change rows, look and pass, several times, as if over an hour; in this process, but for the same storage."""
+    now = time.time()
     with dagster.instance() as instance:
         cursor = None
-        for number, (accounts, users) in enumerate(ROUNDS, 1):
+        for number, (accounts, users, waited) in enumerate(ROUNDS, 1):
+            moment = now - (len(ROUNDS) - number + 0.2) * ROUND_SECONDS
+            patch.setattr(time, "time", partial(float, moment))
             pair.crm.execute(
                 "insert into accounts (id, name) select %s::int + n, 'new' from generate_series(1, %s::int) n",
                 number * 1000,
@@ -51,6 +57,11 @@ def work_for_a_while(pair: Pair, dagster: Dagster) -> None:
                 number * 1000,
                 users,
             )
+            for node in pair.nodes:
+                node.execute(
+                    "update sync.sync_events set created_at = created_at - make_interval(secs => %s)",
+                    waited,
+                )
             seen = dagster_runs.tick(pair, instance, "watch_sensor", cursor=cursor)
             cursor = seen.cursor
             for event in seen.asset_events:
@@ -137,8 +148,16 @@ def test_a_backfill_shows_its_slices_and_what_each_marked(
         ),
         180,
     )
+    dagster.restart("daemon")
+    eventually("the backfill has ended", lambda: dagster.backfill_ended(backfill), 90)
     window.open(f"/runs/b/{backfill}", "3 partitions", "backfill_job")
-    window.open(f"/runs/b/{backfill}?tab=runs", *SLICES, "sync/from: crm", "sync/result: marked")
+    window.open(
+        f"/runs/b/{backfill}?tab=runs",
+        *SLICES,
+        "Succeeded",
+        "sync/from: crm",
+        "sync/result: marked",
+    )
     window.screenshot(pictures / "backfill.png")
 
 
