@@ -223,16 +223,18 @@ def test_maintenance_removes_old_runs_of_this_link_with_all_that_belongs_to_them
         assert reports(instance) > 0
         files = list(Path(instance.root_directory).rglob(f"*{runs[0].run_id}*"))
         assert files
-        done = run(
-            link,
-            instance,
-            "maintenance_job",
-            config={"ops": {"prune": {"config": {"keep_days": 0, "limit": 2}}}},
-        )
+
+        def prune(**limits: float) -> dg.ExecuteInProcessResult:
+            config = {"ops": {"prune": {"config": {"keep_days": 0, **limits}}}}
+            return run(link, instance, "maintenance_job", config=config)
+
+        out_of_time = prune(seconds=1e-9, limit=1)
+        assert metadata(out_of_time, "prune")["runs"] == 0
+        done = prune(limit=2)
         told = metadata(done, "prune")
         assert (told["runs"], told["sensor_reports"]) == (2, 2)
         left = {record.dagster_run.run_id for record in instance.get_run_records()}
-        assert left == {runs[2].run_id, foreign.run_id, done.run_id}
+        assert left == {run.run_id for run in (runs[2], foreign, out_of_time, done)}
         assert not list(Path(instance.root_directory).rglob(f"*{runs[0].run_id}*"))
 
 
