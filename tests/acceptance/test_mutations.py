@@ -57,15 +57,27 @@ MUTATIONS = {
     ),
     "the lock of both nodes": Mutation(
         "sync_pipeline/locks.py",
-        "if not taken:",
-        "if False:",
+        "if not taken or holder is None:",
+        "if holder is None:",
         f"{PROTOCOL}::test_a_second_consumer_is_told_who_leads",
     ),
     "the lock of the target alone": Mutation(
         "sync_pipeline/locks.py",
-        "if not taken:",
-        "if not taken and node == config.first.name:",
+        "if not taken or holder is None:",
+        "if (not taken and node == config.first.name) or holder is None:",
         f"{PROTOCOL}::test_the_lock_of_a_failed_start_is_given_back",
+    ),
+    "the lock of the second writer": Mutation(
+        "sync_pipeline/link.py",
+        "locks.take_second(connection, side.leader, self.config, side.node.name)",
+        "pass",
+        f"{PROTOCOL}::test_nobody_leads_while_a_second_writer_of_the_last_leader_lives",
+    ),
+    "the look of the second writer at the lock of the first": Mutation(
+        "sync_pipeline/locks.py",
+        "if not taken or leader(connection, config) != first:",
+        "if not taken:",
+        f"{PROTOCOL}::test_who_leads_no_longer_gets_no_second_writer",
     ),
     "the snapshot": Mutation(
         "sync_pipeline/snapshot.py",
