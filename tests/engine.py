@@ -1,11 +1,13 @@
 """Verbs of the engine for tests: install, sync, compare."""
 
 from pathlib import Path
+from typing import Any
 
-from sync_pipeline import install, stream
+from sync_pipeline import install, stream, verify
 from sync_pipeline.config import Config, load
 from sync_pipeline.database import connected
 from sync_pipeline.stream import Totals
+from sync_pipeline.verify import TableReport, VerifyReport
 from tests.helpers import TABLES, Pair
 
 
@@ -49,3 +51,31 @@ def equal(pair: Pair, tables: tuple[str, ...] = TABLES) -> bool:
                 f"{table}: only crm {sorted(crm - billing)[:5]}, only billing {sorted(billing - crm)[:5]}"
             )
     return same
+
+
+def verified(pair: Pair, *tables: str) -> VerifyReport:
+    """Compare both nodes."""
+    config = config_of(pair)
+    with (
+        connected(config.first, config, "verify") as crm,
+        connected(config.second, config, "verify") as billing,
+    ):
+        return verify.verify(config, {"crm": crm, "billing": billing}, tables or None)
+
+
+def repaired(pair: Pair, from_node: str, *, dry_run: bool = False) -> int:
+    """Compare, and mark on a node what differs; return how many records that are."""
+    config = config_of(pair)
+    with (
+        connected(config.first, config, "verify") as crm,
+        connected(config.second, config, "verify") as billing,
+    ):
+        connections = {"crm": crm, "billing": billing}
+        report = verify.verify(config, connections)
+        return verify.repair(config, connections, report, from_node, dry_run=dry_run)
+
+
+def accused(table: TableReport) -> dict[str, Any]:
+    """What is reported, without the empty lists."""
+    found = {f"missing on {node}": sorted(ids) for node, ids in table.missing.items() if ids}
+    return found | ({"different": sorted(table.different)} if table.different else {})

@@ -1,6 +1,8 @@
 """Nobody leads on a database that is not the one that was installed, until somebody has confirmed it."""
 
+import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import psycopg
@@ -30,26 +32,45 @@ def confirm(config: Config) -> list[install.Step]:
         return install.install(config, connections, confirm_identity=True)
 
 
-@pytest.fixture
-def copy(pair: Pair, crm_server: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
-    """An installed pair in which a copy of crm, made by its server, stands where crm was."""
+@pytest.fixture(params=["template", "dump"])
+def copy(
+    request: pytest.FixtureRequest,
+    pair: Pair,
+    crm_server: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Pair]:
+    """An installed pair in which a copy of crm, or what was restored from a dump, stands where crm was."""
     installed(pair)
     pair.crm.insert("accounts", id=1, name="before the copy")
+    server = pair.crm.server
     original = str(pair.crm.value("select current_database()"))
+    # Nobody may be connected to a template.
     pair.crm.close()
     name = f"copy_of_{original}"
-    admin = Node("crm", pair.crm.server.dsn(), pair.crm.server)
-    admin.execute(f"create database {name} template {original}")
-    node = Node("crm", pair.crm.server.dsn(name), pair.crm.server)
-    monkeypatch.setenv("CRM_DSN", node.dsn)
-    yield replace(pair, crm=node)
-    node.close()
-    admin.close()
+    with closing(Node("crm", server.dsn(), server)) as admin:
+        if request.param == "template":
+            admin.execute(f"create database {name} template {original}")
+        else:
+            admin.execute(f"create database {name}")
+            dump = subprocess.run(
+                [server.bin("pg_dump"), pair.crm.dsn], check=True, capture_output=True
+            )
+            subprocess.run(
+                [server.bin("psql"), "-qv", "ON_ERROR_STOP=1", server.dsn(name)],
+                input=dump.stdout,
+                check=True,
+                capture_output=True,
+            )
+    with closing(Node("crm", server.dsn(name), server)) as node:
+        monkeypatch.setenv("CRM_DSN", node.dsn)
+        yield replace(pair, crm=node)
     crm_server.drop(name)
 
 
 @pytest.mark.core
-def test_a_copy_of_a_database_is_refused_until_it_is_confirmed(copy: Pair) -> None:
+def test_a_copy_or_a_restored_dump_of_a_database_is_refused_until_it_is_confirmed(
+    copy: Pair,
+) -> None:
     refused(copy, "not the database that was installed as crm but a copy or a restore of it")
     assert copy.crm.pending() == 1
     assert copy.billing.rows("accounts") == []

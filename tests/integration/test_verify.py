@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import LiteralString
 
 import psycopg
 import pytest
@@ -17,35 +17,14 @@ from sync_pipeline import comparison, stream, verify
 from sync_pipeline.comparison import Bucket, Record, Side
 from sync_pipeline.database import connected
 from sync_pipeline.errors import ConfigurationError, NotInstalled, SyncPipelineError
-from sync_pipeline.verify import TableReport, VerifyReport
 from tests import shapes
-from tests.engine import config_of, equal, installed, sync_pair
+from tests.engine import accused, config_of, equal, installed, repaired, sync_pair, verified
 from tests.helpers import Node, Pair
 
 pytestmark = pytest.mark.core
 
 ROWS = 5000
 ITEMS = "create table items (id bigint primary key, name text, note text, amount numeric)"
-
-
-def verified(pair: Pair, *tables: str) -> VerifyReport:
-    config = config_of(pair)
-    with (
-        connected(config.first, config, "verify") as crm,
-        connected(config.second, config, "verify") as billing,
-    ):
-        return verify.verify(config, {"crm": crm, "billing": billing}, tables or None)
-
-
-def repaired(pair: Pair, from_node: str, *, dry_run: bool = False) -> int:
-    config = config_of(pair)
-    with (
-        connected(config.first, config, "verify") as crm,
-        connected(config.second, config, "verify") as billing,
-    ):
-        connections = {"crm": crm, "billing": billing}
-        report = verify.verify(config, connections)
-        return verify.repair(config, connections, report, from_node, dry_run=dry_run)
 
 
 def silently(node: Node, statement: str) -> None:
@@ -58,12 +37,6 @@ def silently(node: Node, statement: str) -> None:
 def on_both(pair: Pair, statement: str) -> None:
     for node in pair.nodes:
         silently(node, statement)
-
-
-def accused(table: TableReport) -> dict[str, Any]:
-    """What is reported, without the empty lists."""
-    found = {f"missing on {node}": sorted(ids) for node, ids in table.missing.items() if ids}
-    return found | ({"different": sorted(table.different)} if table.different else {})
 
 
 @pytest.fixture
