@@ -882,7 +882,6 @@ select
         order by needed.position
     ) as lacking,
     class.relpersistence = 'u' as unlogged,
-    class.relkind = 'r' and class.relhassubclass as inherited,
     array(
         select attribute.attname::text
         from pg_catalog.pg_attribute as attribute

@@ -159,14 +159,6 @@ def _shape(config: Config, relation: Relation, row: dict[str, Any]) -> Iterator[
             f"{shown} is unlogged: a crash of the server empties it, and no event says so",
             f"alter table {shown} set logged",
         )
-    if row["inherited"]:
-        yield _finding(
-            "warning",
-            "inheritance",
-            relation,
-            f"{shown} has children by inheritance, whose changes are not captured",
-            "use declarative partitioning, or sync the children as tables of their own",
-        )
 
 
 def _capture(config: Config, connection: Connection, relation: Relation) -> Iterator[Finding]:

@@ -202,6 +202,18 @@ def dsn_variable(node: str) -> str:
     return f"{node.upper()}_DSN"
 
 
+def shift_clock(node: Node, interval: str) -> None:
+    """Give this database another clock than its server. Existing defaults keep the old one: call before `install`."""
+    with node.connection.transaction():
+        # Under a new name, because the executor knows the built-in one by its number.
+        node.execute("set local allow_system_table_mods = on")
+        node.execute("alter function pg_catalog.clock_timestamp() rename to server_clock")
+        node.execute(
+            "create function pg_catalog.clock_timestamp() returns timestamptz language sql volatile "
+            f"return pg_catalog.server_clock() + interval '{interval}'"
+        )
+
+
 def write_config(
     path: Path, tables: Iterable[str | dict[str, Any]] = TABLES, **options: object
 ) -> Path:

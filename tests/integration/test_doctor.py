@@ -1,15 +1,21 @@
 """Doctor names what would hurt, with the remedy, before it does."""
 
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
-from sync_pipeline import doctor, node_checks
+from sync_pipeline import doctor, node_checks, servers, stream
+from sync_pipeline.node_checks import OLDEST_VERSION
 from sync_pipeline.records import Finding
-from tests.engine import config_of, installed
-from tests.helpers import Pair, write_config
+from sync_pipeline.servers import Setting
+from tests.engine import config_of, equal, installed
+from tests.helpers import Cluster, Node, Pair, shift_clock, write_config
+from tests.replicas import Replica, replicable, short_directory, until
 
 pytestmark = pytest.mark.core
 
@@ -203,6 +209,31 @@ SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, str, str, str]]] = {
         ),
         ("warning", "rewriting", "stamp may rewrite rows", "sync_pipeline.applying"),
     ),
+    "linked": (
+        (
+            "create table linked (id int primary key); create table keeper (l int references linked)",
+        ),
+        (
+            "warning",
+            "foreign_key",
+            "a delete of the other node fails while rows of keeper",
+            "keeper",
+        ),
+    ),
+    "ruled": (
+        (
+            """create table ruled (id int primary key, word text);
+            create rule also as on update to ruled do also notify ruled""",
+        ),
+        ("warning", "rewriting", "rule also may rewrite rows", "exclude the columns"),
+    ),
+    "behind": (
+        (
+            "create table behind (id serial primary key); insert into behind values (7)",
+            "create table behind (id int primary key)",
+        ),
+        ("warning", "sequence", "gives id = 1 next, but values up to 7", "restart with 9"),
+    ),
     "light": (
         ("create unlogged table light (id int primary key)",),
         ("warning", "unlogged", "a crash of the server empties it", "set logged"),
@@ -225,6 +256,13 @@ def test_each_shape_of_a_table_that_can_hurt_is_named_with_its_remedy(pair: Pair
         assert {f.level for f in mine} == {level}, (table, mine)
         assert any(message in f.message and remedy in f.remedy for f in mine), (table, mine)
     assert {f.check for f in found} == {check for _, (_, check, _, _) in SHAPES.values()}
+
+
+def test_a_table_that_once_had_an_heir_is_as_good_as_any(pair: Pair) -> None:
+    pair.crm.execute("create table heir () inherits (accounts); drop table heir")
+    installed(pair)
+
+    assert findings(pair) == []
 
 
 def test_row_security_that_could_hide_rows_is_an_error(pair: Pair) -> None:
@@ -276,3 +314,194 @@ def test_who_holds_back_vacuum_is_named_with_the_way_to_end_it(
     assert "of report" in found[0].message
     assert f"pg_terminate_backend({pid})" in found[0].remedy
     assert "scale_factor" in only(pair, "autovacuum").remedy
+
+
+@pytest.mark.parametrize(
+    ("setting", "check", "message", "remedy"),
+    [
+        ("default_transaction_read_only = on", "read_only", "is on for this role", "off"),
+        ("session_replication_role = replica", "replication_role", "do not work", "reset"),
+    ],
+)
+def test_a_setting_of_the_database_that_would_spoil_everything_is_an_error(
+    pair: Pair, setting: str, check: str, message: str, remedy: str
+) -> None:
+    installed(pair)
+    pair.crm.execute(f"alter database {pair.crm.connection.info.dbname} set {setting}")
+
+    finding = only(pair, check)
+
+    assert (finding.level, finding.node) == ("error", "crm")
+    assert message in finding.message
+    assert remedy in finding.remedy
+
+
+def test_a_role_that_may_not_stage_records_is_told_so(pair: Pair) -> None:
+    installed(pair)
+    database = pair.crm.connection.info.dbname
+    pair.crm.execute("drop role if exists doctor_consumer; create role doctor_consumer login")
+    pair.crm.execute(f"revoke temporary on database {database} from public")
+    pair.crm.execute("grant usage on schema sync to doctor_consumer")
+    dsn = psycopg.conninfo.make_conninfo(pair.crm.dsn, user="doctor_consumer")
+
+    found = doctor.examine(config_of(replace(pair, crm=replace(pair.crm, dsn=dsn))))
+
+    pair.crm.execute("drop owned by doctor_consumer; drop role doctor_consumer")
+    messages = [f for f in found if "may not create temporary tables" in f.message]
+    assert [(f.level, f.check, f.node) for f in messages] == [("error", "rights", "crm")]
+    assert "grant temporary on database" in messages[0].remedy
+
+
+def test_a_schema_of_an_older_version_is_an_error(pair: Pair) -> None:
+    installed(pair)
+    pair.crm.execute(
+        "delete from sync.sync_migrations where version = (select max(version) from sync.sync_migrations)"
+    )
+
+    finding = only(pair, "schema")
+
+    assert (finding.level, finding.node) == ("error", "crm")
+    assert "sync-pipeline install" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("oldest", "newest", "level", "message"),
+    [(99, 99, "error", "is too old"), (14, 14, "warning", "has not been tested")],
+)
+def test_a_version_of_postgresql_that_is_not_supported_is_named(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, oldest: int, newest: int, level: str, message: str
+) -> None:
+    monkeypatch.setattr(node_checks, "OLDEST_VERSION", oldest)
+    monkeypatch.setattr(node_checks, "NEWEST_VERSION", newest)
+
+    found = findings(pair, "version")
+
+    assert {(f.level, f.node) for f in found} == {(level, "crm"), (level, "billing")}
+    assert all(message in f.message for f in found)
+
+
+def test_two_versions_of_postgresql_are_worth_knowing_and_no_obstacle(
+    crm: Node, pg_version: int, tmp_path: Path
+) -> None:
+    others = [n for n in servers.available_versions() if n != pg_version and n >= OLDEST_VERSION]
+    if not others:
+        pytest.skip("only one version of PostgreSQL on this machine")
+    with (
+        short_directory() as directory,
+        closing(Cluster(servers.Server.create(directory, others[-1]))) as cluster,
+        closing(Node("billing", cluster.server.dsn(cluster.clone()), cluster.server)) as billing,
+    ):
+        pair = Pair(crm, billing, write_config(tmp_path / "sync.yaml"))
+        config = installed(pair)
+
+        finding = only(pair, "version")
+
+        assert finding.level == "info"
+        assert (
+            f"crm runs PostgreSQL {pg_version}, billing PostgreSQL {others[-1]}" in finding.message
+        )
+        for number, node in enumerate(pair.nodes):
+            node.insert("accounts", id=number, name=node.name)
+        stream.sync(config)
+        assert equal(pair)
+        assert len(crm.rows("accounts")) == 2
+
+
+@pytest.mark.parametrize(
+    ("encodings", "message"),
+    [
+        (("utf8", "latin1"), "crm stores UTF8, billing LATIN1"),
+        (("sql_ascii", "sql_ascii"), "SQL_ASCII databases hold bytes that may be no text"),
+    ],
+)
+def test_an_encoding_that_cannot_hold_everything_is_named(
+    pair: Pair, encodings: tuple[str, str], message: str
+) -> None:
+    nodes = []
+    for node, encoding in zip(pair.nodes, encodings, strict=True):
+        name = f"{node.connection.info.dbname}_{encoding}"
+        node.execute(f"create database {name} template template0 encoding {encoding} locale 'C'")
+        nodes.append(replace(node, dsn=psycopg.conninfo.make_conninfo(node.dsn, dbname=name)))
+
+    finding = only(replace(pair, crm=nodes[0], billing=nodes[1]), "encoding")
+
+    for node, other in zip(pair.nodes, nodes, strict=True):
+        node.execute(f"drop database {psycopg.conninfo.conninfo_to_dict(other.dsn)['dbname']}")
+    assert finding.level == "warning"
+    assert message in finding.message
+    assert "UTF8" in finding.remedy
+
+
+@pytest.mark.parametrize(("ahead", "behind"), [("crm", "billing"), ("billing", "crm")])
+def test_clocks_that_differ_are_a_warning(pair: Pair, ahead: str, behind: str) -> None:
+    installed(pair)
+    shift_clock(getattr(pair, ahead), "6 seconds")
+    assert f"{ahead} is more than 5 s ahead of that of {behind}" in only(pair, "clock").message
+
+    write_config(pair.config_path, clock_warning_seconds=3600)
+    assert findings(pair) == []
+
+
+def test_what_waits_was_refused_or_is_held_is_counted(pair: Pair) -> None:
+    write_config(pair.config_path, [{"name": "accounts", "conflict": "hold"}, "users", "orders"])
+    config = installed(pair)
+    for node in pair.nodes:
+        node.insert("accounts", id=1, name=node.name)
+    pair.crm.execute(
+        "insert into sync.sync_events (table_name, record_id, event_type) values ('nothing', '1', 'update')"
+    )
+    stream.sync(config)
+    pair.crm.insert("accounts", id=2, name="waits")
+    pair.crm.execute("update sync.sync_node set paused_at = now()")
+
+    found = {(f.node, f.level, f.check): f for f in findings(pair)}
+
+    assert "1 events wait" in found["crm", "info", "backlog"].message
+    assert "resume" in found["crm", "info", "paused"].remedy
+    assert "1 records are out of attempts" in found["crm", "warning", "failures"].message
+    # The decision is asked for where it was found.
+    assert "1 conflicts are held" in found["billing", "warning", "conflicts"].message
+    assert len(found) == 4
+
+
+@pytest.fixture
+def tired(billing: Node, tmp_path: Path, pg_version: int) -> Iterator[Pair]:
+    """An installed pair whose crm has a server of its own, without autovacuum, with what other servers do not allow."""
+    settings: dict[str, Setting] = {
+        "autovacuum": False,
+        "hot_standby_feedback": True,
+        "max_prepared_transactions": 2,
+    }
+    with short_directory() as directory, replicable(directory, pg_version, settings) as crm:
+        pair = Pair(crm, billing, write_config(tmp_path / "sync.yaml"))
+        installed(pair)
+        yield pair
+
+
+def test_a_prepared_transaction_and_a_slot_of_a_standby_that_left_hold_back_vacuum(
+    tired: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_checks, "LONG_TRANSACTION_SECONDS", -1.0)
+    crm = tired.crm
+    with Replica.of(crm.server, crm.server.directory.parent / "replica", "left") as replica:
+        database = crm.connection.info.dbname
+        standby = replace(tired, crm=replace(crm, dsn=replica.dsn(database)))
+        assert "the server is a standby" in only(standby, "read_only").message
+        until(crm, "xmin is not null from pg_replication_slots")
+        # A standby that follows holds back nothing that matters.
+        assert findings(tired, "vacuum") == []
+    until(crm, "not active from pg_replication_slots")
+    with crm.connect(autocommit=False) as session:
+        session.execute("select pg_current_xact_id(); prepare transaction 'Ann''s'")
+
+    found = findings(tired, "vacuum")
+
+    assert {(f.level, f.node) for f in found} == {("warning", "crm")}
+    prepared, slot = sorted(found, key=lambda finding: finding.message)
+    assert prepared.message.startswith("prepared transaction Ann's of postgres, open for")
+    assert slot.message.startswith("replication slot left of physical holds back vacuum")
+    assert "autovacuum is off on this server" in only(tired, "autovacuum").message
+    # The remedies are as they can be typed.
+    crm.execute(prepared.remedy.partition(" or ")[2])
+    crm.execute(slot.remedy.partition("drop it: ")[2])
+    assert findings(tired, "vacuum") == []

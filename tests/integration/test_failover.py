@@ -3,27 +3,22 @@
 import re
 import shutil
 import subprocess
-import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Self
 from urllib.parse import urlsplit
 
-import psycopg
 import pytest
 
 from sync_pipeline import doctor, stream
 from sync_pipeline.config import load
 from sync_pipeline.errors import ConnectionFailed
-from sync_pipeline.servers import Server, Setting, _free_port
+from sync_pipeline.servers import Server
 from tests.crashing import POINTS
 from tests.engine import accused, config_of, equal, installed, repaired, sync_pair, verified
-from tests.helpers import Cluster, Node, Pair, dsn_variable, write_config
+from tests.helpers import Node, Pair, dsn_variable, write_config
+from tests.replicas import Replica, replicable, short_directory, until
 
-REPLICATED: dict[str, Setting] = {"wal_level": "replica", "max_wal_senders": 4, "hot_standby": True}
-WAIT_SECONDS = 60
 # What the runbook says for the node that stays, and for the one that went back.
 PAUSE = "update sync.sync_node set paused_at = coalesce(paused_at, now())"
 FORGET = (
@@ -31,50 +26,16 @@ FORGET = (
 )
 
 
-class Replica(Server):
-    """A streaming replica, made by pg_basebackup and started."""
-
-    @classmethod
-    def of(cls, primary: Server, directory: Path) -> Self:
-        """Make one; it follows its primary until one of the two stops."""
-        directory.mkdir()
-        shutil.copymode(primary.directory, directory)
-        shutil.chown(directory, primary.directory.owner(), primary.directory.group())
-        replica = cls(directory, version=primary.version, port=_free_port(), durable=True)
-        backup = primary._spawn(
-            "pg_basebackup",
-            *("--pgdata", replica.data_directory, "--checkpoint", "fast", "--wal-method", "stream"),
-            *("--write-recovery-conf", "--dbname", primary.dsn()),
-        )
-        assert backup.wait(WAIT_SECONDS) == 0
-        replica.start()
-        return replica
-
-    def promote(self) -> None:
-        """Let it be a primary; return when it is."""
-        with psycopg.connect(self.dsn(), autocommit=True) as connection:
-            row = connection.execute(f"select pg_promote(true, {WAIT_SECONDS})".encode()).fetchone()
-        assert row == (True,)
-
-
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="sync-", ignore_cleanup_errors=True) as directory:
-        path = Path(directory)
-        # Servers run as a user of their own.
-        path.chmod(0o711)
-        yield path
+    with short_directory() as directory:
+        yield directory
 
 
 @pytest.fixture
 def own_crm(directory: Path, pg_version: int) -> Iterator[Node]:
-    """The node crm on a durable server of its own, which can be replicated."""
-    server = Server.create(directory / "crm", pg_version, durable=True, settings=REPLICATED)
-    cluster = Cluster(server)
-    node = Node("crm", server.dsn(cluster.clone()), server)
-    yield node
-    node.close()
-    cluster.close()
+    with replicable(directory, pg_version) as node:
+        yield node
 
 
 @pytest.fixture
@@ -101,15 +62,7 @@ def add(node: Node, first: int, last: int) -> None:
 def caught_up(primary: Node, replica: Server) -> None:
     """Return when the replica has everything."""
     end = primary.value("select pg_current_wal_flush_lsn()::text")
-    with psycopg.connect(replica.dsn(), autocommit=True) as connection:
-        for _ in range(WAIT_SECONDS * 20):
-            row = connection.execute(
-                "select pg_last_wal_replay_lsn() >= %s::pg_lsn", [end]
-            ).fetchone()
-            if row == (True,):
-                return
-            threading.Event().wait(0.05)
-    raise AssertionError("the replica never caught up")
+    until(replica, "pg_last_wal_replay_lsn() >= %s::pg_lsn", end)
 
 
 def last_id(node: Node) -> int:

@@ -6,7 +6,7 @@ from sync_pipeline import stream
 from sync_pipeline.records import DirectionReport
 from tests.bookkeeping import marked_so_far
 from tests.engine import config_of, equal, installed, sync_pair, totals
-from tests.helpers import Node, Pair
+from tests.helpers import Node, Pair, shift_clock
 
 pytestmark = pytest.mark.core
 
@@ -68,6 +68,29 @@ def test_each_pass_compares_the_clocks_of_the_nodes(link: Pair) -> None:
         assert report.clock_difference_seconds is not None
         assert abs(report.clock_difference_seconds) < 2
         assert report.clock_warning is None
+
+
+def test_a_clock_that_is_ahead_is_said_and_decides_conflicts_but_holds_up_nothing(
+    pair: Pair,
+) -> None:
+    shift_clock(pair.crm, "1 hour")
+    installed(pair)
+    reports: list[DirectionReport] = []
+    listener = stream.Listener(passed=reports.extend)
+    add_family(pair.crm)
+    stream.sync(config_of(pair), listener)
+    pair.billing.execute("update accounts set name = 'an hour older, and newer'")
+    stream.sync(config_of(pair), listener)
+    assert pair.crm.rows("select name from accounts") == [("an hour older, and newer",)]
+    said = {report.clock_warning for report in reports if report.clock_warning}
+    assert [warning.partition(":")[0] for warning in said] == [
+        "the clock of crm is more than 5 s ahead of that of billing"
+    ]
+    pair.crm.execute("update accounts set name = 'first'")
+    pair.billing.execute("update accounts set name = 'second'")
+    stream.sync(config_of(pair))
+    assert equal(pair)
+    assert pair.billing.rows("select name from accounts") == [("first",)]
 
 
 def test_a_replay_by_hand_sends_the_row_again(link: Pair) -> None:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 
+from sync_pipeline import doctor
 from sync_pipeline.config import Config, load
 from sync_pipeline.database import connected
 from sync_pipeline.errors import PoolerRefused
@@ -80,6 +81,9 @@ def test_a_pooler_in_transaction_mode_is_refused(pair: Pair, tmp_path: Path) -> 
         lead(config),
     ):
         pass
+    with pooled(pair, "transaction", tmp_path) as config:
+        found = [f for f in doctor.examine(config) if f.check == "pooler"]
+    assert [(f.level, f.node) for f in found] == [("error", "crm")]
     assert pair.crm.value("select count(*) from pg_locks where locktype = 'advisory'") == 0
 
 

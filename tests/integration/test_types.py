@@ -8,8 +8,8 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from sync_pipeline import servers
-from tests.engine import totals
+from sync_pipeline import doctor, servers
+from tests.engine import config_of, totals
 from tests.helpers import Clusters, Node, Pair, write_config
 from tests.shapes import converge, failures, link, texts
 
@@ -399,6 +399,9 @@ def test_keys_that_a_collation_finds_equal_are_one_record(extended: Pair) -> Non
         create table words (k text collate loose primary key, word text)""",
         {"name": "words", "conflict": "billing"},
     )
+    assert {(f.level, f.check) for f in doctor.examine(config_of(pair))} == {
+        ("warning", "collation")
+    }
     pair.crm.execute("insert into words values ('One', 'crm'), ('Two', 'x'), ('Three', 'x')")
     pair.billing.execute("insert into words values ('ONE', 'billing')")
     converge(pair, "words")
