@@ -98,10 +98,9 @@ select
         from pg_catalog.pg_constraint as reference
         where reference.conrelid = class.oid and reference.contype = 'f' and reference.conparentid = 0
     ) as foreign_keys,
-    exists (
-        select from pg_catalog.pg_constraint as constrained
-        where constrained.conrelid = class.oid and constrained.condeferrable
-    ) as deferrable_constraints,
+    -- Of any table: a key of one that refers to this one may wait as well, and cascades and triggers reach others.
+    exists (select from pg_catalog.pg_constraint as constrained where constrained.condeferrable)
+        as deferrable_constraints,
     (
         select coalesce(pg_catalog.jsonb_agg(
             pg_catalog.jsonb_build_array(part_namespace.nspname, part_class.relname)

@@ -63,6 +63,7 @@ class Relation:
     key: tuple[str, ...]
     columns: dict[str, Column]
     key_is_deferrable: bool
+    # Whether any constraint of the database is deferrable, and so may be checked after our statements.
     deferrable_constraints: bool
     foreign_keys: tuple[ForeignKey, ...]
     partitions: tuple[tuple[str, str], ...]

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tests.engine import totals
+from tests.engine import sync_pair, totals
 from tests.helpers import Pair
 from tests.shapes import converge, failures, link, texts
 
@@ -279,6 +279,41 @@ def test_a_reference_to_a_table_that_is_not_synced_fails_visibly_and_heals(pair:
     pair.billing.execute("insert into kinds values (1)")
     pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
     converge(pair, "items")
+
+
+@pytest.mark.parametrize(
+    ("change", "items"),
+    [
+        ("delete from kinds where id = 1", "not synced"),
+        ("update kinds set code = 'x' where id = 1", "not synced"),
+        ("update kinds set code = 'x' where id = 1", "synced"),
+    ],
+)
+def test_a_deferred_key_of_a_table_outside_of_the_batch_fails_its_record_alone(
+    pair: Pair, change: str, items: str
+) -> None:
+    tables = ("kinds", "items") if items == "synced" else ("kinds",)
+    link(
+        pair,
+        """create table kinds (id int primary key, code text unique);
+        create table items (id int primary key,
+            code text references kinds (code) deferrable initially deferred)""",
+        *tables,
+    )
+    pair.crm.execute("insert into kinds values (1, 'a'), (2, 'b')")
+    converge(pair, *tables)
+    pair.crm.execute(f"{change}; insert into kinds values (3, 'c')")
+    pair.billing.execute("insert into items values (1, 'a')")
+
+    sync_pair(pair)
+
+    assert texts(pair.billing, "kinds") == ["(1,a)", "(2,b)", "(3,c)"]
+    if items == "synced":
+        # The parent comes back with its new child.
+        assert pair.crm.rows("select kind from sync.sync_conflicts") == [("parent_deleted",)]
+        converge(pair, *tables)
+    else:
+        assert [row[:3] for row in failures(pair.crm)] == [("kinds", "1", "23503")]
 
 
 def test_a_missing_parent_that_nobody_marked_is_brought_along(pair: Pair) -> None:
