@@ -229,7 +229,17 @@ select
         join pg_catalog.pg_attribute as attribute
             on attribute.attrelid = index.indrelid and attribute.attnum = any (reference.confkey)
         where reference.confrelid = index.indrelid and reference.contype = 'f'
+            -- Children that follow every change come back; where the check can wait, it never sees the change.
+            and reference.confupdtype <> 'c'
+            and not (reference.confupdtype = 'a' and reference.condeferrable)
     ) as referenced,
+    array(
+        select attribute.attname::text
+        from pg_catalog.pg_constraint as reference
+        join pg_catalog.pg_attribute as attribute
+            on attribute.attrelid = index.indrelid and attribute.attnum = any (reference.confkey)
+        where reference.confrelid = index.indrelid and reference.contype = 'f' and reference.confupdtype = 'c'
+    ) as followed,
     array(
         select attribute.attname::text
         from pg_catalog.pg_constraint as reference

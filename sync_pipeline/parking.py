@@ -2,7 +2,8 @@
 
 PostgreSQL checks a unique index row by row, so no order of updates can swap two values. A row of the target that is in
 the way is *parked*: it gets a free value for a moment, in the transaction that then writes or deletes it as the batch
-says. Only rows of the batch are moved, and only in columns that the batch writes again and no foreign key refers to.
+says. Only rows of the batch are moved, and only in columns that the batch writes again. One that foreign keys refer to
+is moved only where its children go along and come back (ON UPDATE CASCADE), or where the check waits (deferrable).
 """
 
 import re
@@ -32,7 +33,8 @@ _DAYS = {"date", "timestamp without time zone", "timestamp with time zone"}
 class UniqueIndex:
     """A unique index, or one of an exclusion constraint, which has `operators`.
 
-    Foreign keys refer to `referenced`, `referring` are part of one.
+    Foreign keys refer to `referenced`, whose children could not come back; to `followed` with ON UPDATE CASCADE;
+    `referring` are part of one.
 
     `columns` are what it is made of; for a generated column, which is in `generated` with its expression, those that
     it is computed from. One that is not checked at once (`immediate`) needs no parking.
@@ -46,6 +48,7 @@ class UniqueIndex:
     columns: list[str]
     generated: dict[str, str]
     referenced: list[str]
+    followed: list[str]
     referring: list[str]
 
 
@@ -265,7 +268,8 @@ def _assignments(statements: TableStatements, index: UniqueIndex) -> Iterator[sq
         and column.identity != "a"
     ]
     for column in columns:
-        if not column.not_null and not index.nulls_not_distinct:
+        # Children would follow to null, and not back.
+        if not (column.not_null or index.nulls_not_distinct or column.name in index.followed):
             yield sql.SQL("{} = null").format(sql.Identifier(column.name))
     for column in columns:
         if column.name in index.referring:

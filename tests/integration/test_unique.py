@@ -382,21 +382,53 @@ def test_an_exchange_for_which_no_free_value_can_stand_in_is_a_visible_failure(p
     converge(pair, "bookings")
 
 
-def test_a_unique_value_that_others_refer_to_is_not_parked(pair: Pair) -> None:
-    link(
-        pair,
-        """create table kinds (id int primary key, code text unique);
-        create table items (id int primary key, code text references kinds (code) on update cascade)""",
-        "kinds",
-        "items",
-    )
+KINDS = """
+create table kinds (id int primary key, code text {0} unique);
+create table items (id int primary key, code text {0} references kinds (code) {1})
+"""
+
+
+@pytest.mark.parametrize("batch_size", [1, 1000])
+@pytest.mark.parametrize("null", ["", "not null"])
+@pytest.mark.parametrize("action", ["on update cascade", "deferrable"])
+def test_unique_values_that_others_refer_to_swap_with_their_children(
+    pair: Pair, action: str, null: str, batch_size: int
+) -> None:
+    link(pair, KINDS.format(null, action), "kinds", "items", batch_size=batch_size)
+    pair.crm.execute("insert into kinds values (1, 'a'), (2, 'b'), (3, 'c')")
+    pair.crm.execute("insert into items values (1, 'a'), (2, 'b'), (3, 'c'), (4, 'a')")
+    converge(pair, "kinds", "items")
+    with pair.crm.connect(autocommit=False) as session:
+        session.execute("set constraints all deferred")
+        for free in ("'x' || id", "chr(97 + id % 3)"):
+            session.execute(f"update kinds set code = {free}".encode())
+        if action == "deferrable":
+            session.execute("update items set code = chr(97 + (ascii(code) - 96) % 3)")
+    # billing has given one of them a child meanwhile.
+    pair.billing.execute("insert into items values (5, 'a')")
+
+    converge(pair, "kinds", "items")
+
+    assert texts(pair.billing, "kinds") == ["(1,b)", "(2,c)", "(3,a)"]
+    follower = "b" if action == "on update cascade" else "a"
+    assert texts(pair.crm, "items") == ["(1,b)", "(2,c)", "(3,a)", "(4,b)", f"(5,{follower})"]
+    assert [node.rows("select * from sync.sync_conflicts") for node in pair.nodes] == [[], []]
+
+
+@pytest.mark.parametrize("action", ["", "on update set null", "on update restrict"])
+def test_a_unique_value_whose_children_would_not_come_back_is_not_parked(
+    pair: Pair, action: str
+) -> None:
+    link(pair, KINDS.format("", action), "kinds", "items")
     pair.crm.execute(
         "insert into kinds values (1, 'a'), (2, 'b'); insert into items values (1, 'a')"
     )
     converge(pair, "kinds", "items")
+    pair.crm.execute("update items set code = null")
     exchange(pair.crm, "kinds", "code", "id", "'x' || id")
+    pair.crm.execute("update items set code = 'b'")
     sync_pair(pair)
-    # Moving the value away would move billing's children along: a visible failure instead.
+    # Moving the value away would take it from billing's children: a visible failure instead.
     assert [row[1:3] for row in failures(pair.crm)] == [("1", "23505"), ("2", "23505")]
     assert texts(pair.billing, "kinds") == ["(1,a)", "(2,b)"]
     assert pair.billing.rows("select * from items where code is null") == []
