@@ -17,7 +17,7 @@ from psycopg.rows import class_row
 from sync_pipeline import queries
 from sync_pipeline.applier import Applier, Refusal
 from sync_pipeline.capture import record_id
-from sync_pipeline.database import error_class, query
+from sync_pipeline.database import error_class, query, scalar
 from sync_pipeline.statements import TableStatements
 
 # A unique and an exclusion constraint: two rows must not have these values at a time.
@@ -173,25 +173,31 @@ def _indexes(applier: Applier, table: str) -> list[UniqueIndex]:
 
 def _park(applier: Applier, statements: TableStatements, index: UniqueIndex) -> set[int]:
     refused: psycopg.Error | None = None
+    in_the_way = sql.SQL(
+        "from {stage} as s where {same_key} and ({own}) in (select {keys} from {blocked})"
+    ).format(
+        stage=statements.stage,
+        same_key=statements.same_key(),
+        own=sql.SQL(", ").join(
+            sql.SQL("t.{}").format(statements.column(field)) for field in statements.relation.key
+        ),
+        keys=sql.SQL(", ").join(sql.SQL("blocked.{}").format(k) for k in _keys(statements)),
+        blocked=_blocked(statements, index),
+    )
+    # An assignment may be accepted and change nothing: null for a column that is null in all rows of a partial index.
+    remaining = sql.SQL(
+        "select exists (select from {target} as t cross join lateral (select {in_the_way}) as s)"
+    ).format(target=statements.target, in_the_way=in_the_way)
     for assignment in _assignments(statements, index):
         statement = sql.SQL(
-            "update {target} as t set {assignment} from {stage} as s "
-            "where {same_key} and ({own}) in (select {keys} from {blocked}) returning s.n"
-        ).format(
-            target=statements.target,
-            assignment=assignment,
-            stage=statements.stage,
-            same_key=statements.same_key(),
-            own=sql.SQL(", ").join(
-                sql.SQL("t.{}").format(statements.column(field))
-                for field in statements.relation.key
-            ),
-            keys=sql.SQL(", ").join(sql.SQL("blocked.{}").format(k) for k in _keys(statements)),
-            blocked=_blocked(statements, index),
-        )
+            "update {target} as t set {assignment} {in_the_way} returning s.n"
+        ).format(target=statements.target, assignment=assignment, in_the_way=in_the_way)
         try:
-            with applier.connection.transaction():
-                return {number for (number,) in applier.connection.execute(statement)}
+            with applier.connection.transaction() as attempt:
+                moved = {number for (number,) in applier.connection.execute(statement)}
+                if not moved or not scalar(applier.connection, remaining):
+                    return moved
+                raise psycopg.Rollback(attempt)
         except psycopg.Error as error:
             if error_class(error) != "data":
                 raise
@@ -293,7 +299,7 @@ def _free_values(type_name: str, formatted_type: str) -> Iterator[str]:
         yield "(select greatest(max({column}), 0) from {table}) + s.n + 1"
     elif type_name in _DAYS:
         yield (
-            "(select max({column}) from {table} where pg_catalog.isfinite({column})) "
+            "coalesce((select max({column}) from {table} where pg_catalog.isfinite({column})), '2000-01-01') "
             "+ (s.n + 1) * interval '1 day'"
         )
     elif type_name == "uuid":

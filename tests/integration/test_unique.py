@@ -141,6 +141,22 @@ def test_an_expression_index_rotates(pair: Pair) -> None:
     assert rows == ["(1,B)", "(2,c)", "(3,a)"]
 
 
+@pytest.mark.parametrize("null", ["", "not null"])
+def test_an_index_on_an_expression_of_rows_that_are_not_deleted_softly_rotates(
+    pair: Pair, null: str
+) -> None:
+    rows = swapped(
+        pair,
+        f"""create table t (id int primary key, email text {null}, tenant int not null, deleted_at date);
+        create unique index on t (tenant, lower(email)) where deleted_at is null""",
+        "(1, 'A', 1, null), (2, 'b', 1, null), (3, 'C', 1, null), (4, 'c', 1, '2024-01-01'), (5, 'a', 2, null)",
+        """update t set
+            email = case id when 1 then 'B' when 2 then 'a' else email end,
+            deleted_at = case id when 3 then date '2024-02-02' when 4 then null else deleted_at end""",
+    )
+    assert rows == ["(1,B,1,)", "(2,a,1,)", "(3,C,1,2024-02-02)", "(4,c,1,)", "(5,a,2,)"]
+
+
 def test_a_composite_constraint_with_a_foreign_key_in_it_swaps(pair: Pair) -> None:
     rows = swapped(
         pair,
@@ -153,6 +169,18 @@ def test_a_composite_constraint_with_a_foreign_key_in_it_swaps(pair: Pair) -> No
     assert rows == ["(1,1,2)", "(2,1,1)", "(3,2,1)"]
 
 
+def test_the_one_row_that_is_not_deleted_softly_changes(pair: Pair) -> None:
+    rows = swapped(
+        pair,
+        """create table o (id int primary key); insert into o values (1), (2);
+        create table t (id int primary key, owner int not null references o, deleted_at timestamptz);
+        create unique index on t (owner) where deleted_at is null""",
+        "(1, 1, null), (2, 2, null)",
+        "update t set owner = 3 - owner",
+    )
+    assert rows == ["(1,2,)", "(2,1,)"]
+
+
 def test_nulls_not_distinct_pass_their_null_on(pair: Pair, pg_version: int) -> None:
     if pg_version < 15:
         pytest.skip("NULLS NOT DISTINCT came with PostgreSQL 15")
@@ -163,6 +191,20 @@ def test_nulls_not_distinct_pass_their_null_on(pair: Pair, pg_version: int) -> N
         "update t set code = case id when 1 then 'b' end",
     )
     assert rows == ["(1,b)", "(2,)"]
+
+
+def test_nulls_not_distinct_of_several_columns_rotate(pair: Pair, pg_version: int) -> None:
+    if pg_version < 15:
+        pytest.skip("NULLS NOT DISTINCT came with PostgreSQL 15")
+    rows = swapped(
+        pair,
+        """create table t (id int primary key, a int, b boolean not null, c date);
+        create unique index on t (a, b, c) nulls not distinct where b""",
+        "(1, null, true, null), (2, 1, true, null), (3, null, true, '2024-01-01'), (4, null, false, null)",
+        """update t set a = case id when 1 then 1 end, c = case id when 2 then date '2024-01-01' end,
+            b = true where id < 4""",
+    )
+    assert rows == ["(1,1,t,)", "(2,,t,2024-01-01)", "(3,,t,)", "(4,,f,)"]
 
 
 def test_two_unique_columns_swap_at_once(pair: Pair) -> None:
@@ -388,9 +430,15 @@ create table items (id int primary key, code text {0} references kinds (code) {1
 """
 
 
-@pytest.mark.parametrize("batch_size", [1, 1000])
-@pytest.mark.parametrize("null", ["", "not null"])
-@pytest.mark.parametrize("action", ["on update cascade", "deferrable"])
+@pytest.mark.parametrize(
+    ("action", "null", "batch_size"),
+    [
+        ("on update cascade", "", 1),
+        ("on update cascade", "not null", 1000),
+        ("deferrable", "not null", 1),
+        ("deferrable", "", 1000),
+    ],
+)
 def test_unique_values_that_others_refer_to_swap_with_their_children(
     pair: Pair, action: str, null: str, batch_size: int
 ) -> None:
