@@ -22,6 +22,8 @@ from sync_pipeline.statements import TableStatements
 
 # A unique and an exclusion constraint: two rows must not have these values at a time.
 VIOLATIONS = {"23505", "23P01"}
+# Begins the names of what stands beside an application's columns, which may have any other name.
+_OURS = "sync_pipeline"
 
 _TEXTS = {"text", "character varying", "bpchar"}
 _NUMBERS = {"smallint", "integer", "bigint", "numeric", "real", "double precision"}
@@ -214,7 +216,7 @@ def _blocked(statements: TableStatements, index: UniqueIndex) -> sql.Composed:
     """
     relation = statements.relation
     fields = {column.name: field for field, column in relation.columns.items()}
-    values = [sql.Identifier(f"value {n}") for n in range(len(index.expressions))]
+    values = [sql.Identifier(f"{_OURS} value {n}") for n in range(len(index.expressions))]
     expressions = sql.SQL(", ").join(
         sql.SQL("({}) as {}").format(sql.SQL(text), name)
         for text, name in zip(index.expressions, values, strict=True)
@@ -231,7 +233,7 @@ def _blocked(statements: TableStatements, index: UniqueIndex) -> sql.Composed:
         "join (select {own_keys}, {expressions} from {target} as t where {predicate}) as held "
         "on {same_values} where not ({one_key})) as blocked"
     ).format(
-        n=sql.Identifier("staged n"),
+        n=sql.Identifier(f"{_OURS} n"),
         keys=sql.SQL(", ").join(keys),
         held_keys=sql.SQL(", ").join(sql.SQL("held.{}").format(key) for key in keys),
         staged_keys=_named([statements.staged(field) for field in relation.key], keys),
@@ -312,7 +314,7 @@ def _free_values(type_name: str, formatted_type: str) -> Iterator[str]:
 
 
 def _keys(statements: TableStatements) -> list[sql.Identifier]:
-    return [sql.Identifier(f"key {index}") for index in range(len(statements.relation.key))]
+    return [sql.Identifier(f"{_OURS} key {index}") for index in range(len(statements.relation.key))]
 
 
 def _named(values: Sequence[sql.Composable], names: Sequence[sql.Identifier]) -> sql.Composed:

@@ -207,6 +207,20 @@ def test_nulls_not_distinct_of_several_columns_rotate(pair: Pair, pg_version: in
     assert rows == ["(1,1,t,)", "(2,,t,2024-01-01)", "(3,,t,)", "(4,,f,)"]
 
 
+def test_columns_may_have_the_names_that_the_exchange_uses_itself(pair: Pair) -> None:
+    rows = swapped(
+        pair,
+        """create table t (id int, "key 0" int, n text not null, "value 0" int, "staged n" int, present int not null,
+            primary key (id, "key 0"));
+        create unique index on t (n, present) include ("value 0");
+        create unique index on t ("key 0", "staged n");
+        create unique index on t ("value 0")""",
+        "(1, 1, 'a', 1, 1, 1), (2, 1, 'b', 2, 2, 1)",
+        """update t set n = case n when 'a' then 'b' else 'a' end, "value 0" = 3 - id, "staged n" = 3 - id""",
+    )
+    assert rows == ["(1,1,b,2,2,1)", "(2,1,a,1,1,1)"]
+
+
 def test_two_unique_columns_swap_at_once(pair: Pair) -> None:
     rows = swapped(
         pair,
