@@ -39,6 +39,27 @@ def test_identities_generated_columns_and_defaults_arrive_as_they_are(pair: Pair
     assert texts(pair.crm, "forced") == ["(1,8,16,A)", "(2,8,16,)"]
 
 
+def test_a_generated_column_that_is_not_stored_is_computed_by_each_side(
+    pair: Pair, pg_version: int
+) -> None:
+    if pg_version < 18:
+        pytest.skip("virtual generated columns came with PostgreSQL 18")
+    link(
+        pair,
+        (
+            "create table t (id int primary key, n int, more int generated always as (n * 2) virtual)",
+            "create table t (id int primary key, n int, more int generated always as (n + 1))",
+        ),
+        "t",
+    )
+    pair.crm.execute("insert into t values (1, 5), (2, 6)")
+    converge(pair, "t", columns="id, n")
+    pair.billing.execute("update t set n = 7 where id = 2")
+    converge(pair, "t", columns="id, n")
+    assert texts(pair.crm, "t") == ["(1,5,10)", "(2,7,14)"]
+    assert texts(pair.billing, "t") == ["(1,5,6)", "(2,7,8)"]
+
+
 def test_an_identity_that_differs_and_cannot_be_updated_is_not_written_again_and_again(
     pair: Pair,
 ) -> None:
@@ -179,6 +200,48 @@ def test_a_partitioned_table_meets_one_that_is_partitioned_otherwise_or_not(
     ]
 
 
+FAMILIES = """
+create table parents (id int, region int, code text not null, primary key (id, region), unique (code, region)) {split};
+create table children (id int primary key, parent int, region int,
+    foreign key (parent, region) references parents {action})
+"""
+REGIONS = """;
+create table parents_1 partition of parents for values in (1);
+create table parents_2 partition of parents for values in (2)
+"""
+
+
+@pytest.mark.parametrize(("action", "batch_size"), [("on update cascade", 1), ("", 1000)])
+def test_parents_change_their_partition_with_their_children_and_swap_unique_values(
+    pair: Pair, action: str, batch_size: int
+) -> None:
+    split = FAMILIES.format(split="partition by list (region)", action=action) + REGIONS
+    plain = FAMILIES.format(split="", action=action)
+    link(pair, (split, plain), "parents", "children", batch_size=batch_size)
+    pair.crm.execute("insert into parents values (1, 1, 'a'), (2, 1, 'b'), (3, 2, 'c')")
+    pair.crm.execute("insert into children values (1, 1, 1), (2, 2, 1), (3, 3, 2)")
+    converge(pair, "parents", "children")
+    if action:
+        pair.crm.execute("update parents set region = 2 where id = 1")
+        pair.billing.execute("update parents set region = 1 where id = 3")
+    else:
+        pair.crm.execute(
+            """begin; insert into parents values (1, 2, 'd'); update children set region = 2 where parent = 1;
+            delete from parents where id = 1 and region = 1; commit"""
+        )
+    converge(pair, "parents", "children")
+    assert "(1,1,2)" in texts(pair.billing, "children")
+    pair.crm.execute("insert into parents values (8, 2, 'e'), (9, 2, 'f')")
+    converge(pair, "parents")
+    for node, one, two in ((pair.crm, "f", "e"), (pair.billing, "e", "f")):
+        node.execute(
+            f"""begin; update parents set code = 'free' where id = 8;
+            update parents set code = '{two}' where id = 9; update parents set code = '{one}' where id = 8; commit"""
+        )
+        converge(pair, "parents")
+        assert f"(8,2,{one})" in texts(pair.crm, "parents")
+
+
 def test_a_new_partition_is_captured_once_it_is_installed_and_through_its_parent_at_once(
     pair: Pair,
 ) -> None:
@@ -228,6 +291,30 @@ def test_truncate_deletes_every_row_on_the_other_side(pair: Pair) -> None:
         session.execute("insert into parents values (6)")
     converge(pair, "parents")
     assert texts(pair.billing, "parents") == ["(6)"]
+
+
+def test_truncate_with_cascade_takes_nothing_along_that_the_other_side_has_added(
+    pair: Pair,
+) -> None:
+    tables = ("roots", "branches", "leaves")
+    link(
+        pair,
+        """create table roots (id int primary key);
+        create table branches (id int primary key, up int references roots);
+        create table leaves (id int primary key, up int references branches)""",
+        *tables,
+    )
+    pair.crm.execute(
+        "insert into roots values (1), (2); insert into branches values (1, 1), (2, 2)"
+    )
+    pair.crm.execute("insert into leaves values (1, 1), (2, 2)")
+    converge(pair, *tables)
+    pair.crm.execute("truncate roots restart identity cascade")
+    pair.billing.execute("insert into leaves values (3, 2)")
+    converge(pair, *tables)
+    assert [texts(pair.crm, table) for table in tables] == [["(2)"], ["(2,2)"], ["(3,2)"]]
+    kinds = pair.billing.rows("select table_name, kind from sync.sync_conflicts order by 1")
+    assert kinds == [("branches", "parent_deleted"), ("roots", "parent_deleted")]
 
 
 def test_truncate_of_a_partition_and_of_a_partitioned_table_marks_what_they_held(
