@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--screenshots",
         type=Path,
         metavar="DIRECTORY",
-        help="where the tests marked `browser` write what they see (default: nowhere that is kept)",
+        help="where tests write the pictures of what they see (default: nowhere that is kept)",
     )
 
 

@@ -125,10 +125,10 @@ def line(seen: Observation) -> str:
     return f"{seen.node:<7}  {rows}  {waiting}"
 
 
-def save_picture(console: Console, path: Path) -> None:
+def save_picture(console: Console, path: Path, title: str = "sync-pipeline demo") -> None:
     """Write what a recording console has printed to an SVG file that loads nothing from elsewhere."""
     template = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
-    console.save_svg(str(path), title="sync-pipeline demo", code_format=template)
+    console.save_svg(str(path), title=title, code_format=template)
 
 
 def _marked(count: int, style: str) -> str:

@@ -8,10 +8,15 @@ import subprocess
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import StringIO
+from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.text import Text
 
 from sync_pipeline.cli.watch import Rates
+from sync_pipeline.demo.screen import save_picture
 from sync_pipeline.views import Backlog, NodeStatus, Status
 from tests.engine import installed, sync_pair
 from tests.helpers import Node, Pair, write_config
@@ -28,6 +33,8 @@ from tests.program import (
 )
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+# All of them but colours.
+SCREEN_MOVES = re.compile(r"\x1b\[[0-9;?]*[a-ln-zA-Z]")
 
 
 @pytest.fixture
@@ -127,6 +134,44 @@ def test_watch_fits_a_terminal_of_80_columns(link: Pair) -> None:
     assert any("events a second" in line for line in lines)
     assert any("last error" in line and "23514 users" in line for line in lines)
     assert len([line for line in lines if line]) <= 24
+
+
+def test_watch_shows_a_link_at_work_as_in_the_picture(
+    link: Pair, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """A worker leads, changes come and go, a record is refused; `--screenshots docs/images` renews the picture."""
+    link.billing.execute("alter table users add constraint adult check (age >= 18)")
+    link.crm.insert("accounts", id=0, name="conflict")
+    sync_pair(link)
+    for node in link.nodes:
+        node.execute("update accounts set name = %s", node.name)
+    link.crm.insert("users", id=1, account_id=0, email="a@x.org", age=3)
+    at_work = re.compile(r"[1-9][\d,]* in, [1-9][\d,]* out.*[1-9][\d,]* in, [1-9][\d,]* out")
+    with (
+        running(link, "stream") as stream,
+        on_a_terminal(link, "status", "--watch", "--interval", "0.5") as (watching, terminal),
+    ):
+        frame = ""
+        for number in range(1, 100):
+            for node, first in ((link.crm, number * 1000), (link.billing, -number * 1000)):
+                node.execute(
+                    "insert into accounts (id, name) select %s::int + g, 'busy' from generate_series(1, 300) as g",
+                    first,
+                )
+            frame = _read_until(terminal, "Ctrl-C ends it")
+            shown = ESCAPES.sub("", frame)
+            if at_work.search(shown) and "led by backend" in shown and "23514 users" in shown:
+                break
+        else:
+            pytest.fail(f"never at work: {frame}")
+        assert stop(watching) == 0
+        assert stop(stream) == 0
+    picture = (request.config.getoption("--screenshots") or tmp_path) / "status.svg"
+    console = Console(record=True, width=80, file=StringIO(), force_terminal=True)
+    lines = SCREEN_MOVES.sub("", frame.rpartition("\x1b[H")[2]).replace("\r\n", "\n")
+    console.print(Text.from_ansi(lines.rstrip()))
+    save_picture(console, picture, "sync-pipeline status --watch")
+    assert "led&#160;by" in picture.read_text("utf-8")
 
 
 def test_backfill_and_verify_show_bars_on_a_terminal(link: Pair) -> None:
