@@ -4,8 +4,12 @@ import json
 import re
 import shutil
 import subprocess
+import threading
 import urllib.error
+import urllib.parse
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sync_pipeline import metrics
+from sync_pipeline.servers import _free_port
 from tests.engine import config_of, installed, sync_pair
 from tests.helpers import Pair
 from tests.program import answer, line_with, refused, run, running, stop, succeed
@@ -108,6 +113,72 @@ def test_dashboard_and_rules_use_only_what_is_served() -> None:
     assert {name for name in known if not name.endswith(("_sum", "_count"))} <= used
     for expression in expressions():
         assert all(expression.count(a) == expression.count(b) for a, b in ("()", "[]", "{}"))
+
+
+@contextmanager
+def prometheus(directory: Path, target: str) -> Iterator[str]:
+    """A Prometheus of its own that scrapes one address each second; gives the address of its API."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("prometheus is not on the path; it is Debian's package of that name")
+    file = directory / "prometheus.yaml"
+    job = {
+        "job_name": "sync-pipeline",
+        "scrape_interval": "1s",
+        "static_configs": [{"targets": [target], "labels": {"link": "crm-billing"}}],
+    }
+    file.write_text(yaml.safe_dump({"scrape_configs": [job]}), encoding="utf-8")
+    address = f"127.0.0.1:{_free_port()}"
+    with subprocess.Popen(
+        [
+            program,
+            f"--config.file={file}",
+            f"--storage.tsdb.path={directory / 'series'}",
+            f"--web.listen-address={address}",
+        ],
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            yield f"http://{address}/api/v1/query"
+        finally:
+            process.terminate()
+
+
+def asked(api: str, expression: str) -> list[dict[str, Any]]:
+    """What Prometheus answers to a query; nothing while it does not listen yet."""
+    query = expression.replace("$link", ".*").replace("$__rate_interval", "10s")
+    try:
+        with urllib.request.urlopen(  # noqa: S310 - an address of this test
+            f"{api}?{urllib.parse.urlencode({'query': query})}", timeout=60
+        ) as response:
+            found: list[dict[str, Any]] = json.load(response)["data"]["result"]
+    except urllib.error.HTTPError as error:
+        pytest.fail(f"{query}: {error.read().decode()}")
+    except urllib.error.URLError:
+        return []
+    return found
+
+
+def test_prometheus_has_an_answer_to_every_query_of_the_dashboard(
+    link: Pair, tmp_path: Path
+) -> None:
+    link.billing.execute("alter table users add constraint adult check (age >= 18)")
+    link.crm.insert("accounts", id=0, name="first")
+    link.crm.insert("users", id=1, account_id=0, email="a@x.org", age=3)
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    left = {target["expr"] for panel in panels for target in panel["targets"]}
+    with running(link, "stream", "--metrics-port", "0") as worker:
+        target = re.search(r"http://([\w.:]+)/metrics", line_with(worker, "metrics: "))
+        assert target
+        with prometheus(tmp_path, target[1]) as api:
+            for number in range(1, 121):
+                link.crm.insert("accounts", id=number, name="one more")
+                left = {expression for expression in left if not asked(api, expression)}
+                if not left:
+                    break
+                threading.Event().wait(0.5)
+            assert not left
+        assert stop(worker) == 0
 
 
 def test_every_alert_leads_to_a_section_of_the_runbook() -> None:
