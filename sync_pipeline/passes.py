@@ -75,11 +75,13 @@ class Pass:
 
     def fetch_dependents(self) -> DirectionReport:
         """Recover, open the one snapshot of this direction, and read what the first batch takes of dependents."""
-        if self.source in self.link.unrecovered:
-            target = self.link.sides[self.target].writer
-            self.report.recovered = ledger.recover(
-                self._side.writer, target, self._schema, self.source
-            )
+        for source, target in self.link.config.directions:
+            # Both directions: what this target has sent, unacknowledged, would look like changes that nobody has seen.
+            if source.name in self.link.unrecovered:
+                sides = self.link.sides[source.name], self.link.sides[target.name]
+                self.report.recovered += ledger.recover(
+                    sides[0].writer, sides[1].writer, self._schema, source.name
+                )
         self.link.unrecovered.add(self.source)
         self._snapshot: Snapshot = self._stack.enter_context(
             snapshot.opened(self._side.reader, self._schema, self._catalog.relations[self.source])

@@ -1,7 +1,8 @@
 """What the rules say must happen: an executable specification of capture, passes and conflicts, without a database.
 
-It knows rows, events and a clock that counts, and covers tables without foreign keys or unique values. A test lets
-the model and the pipeline do the same work and compares what comes out, the conflict log included.
+It knows rows, events and a clock that counts, and covers tables without foreign keys, whose unique values can be given
+away on one node only, the one that wins their conflicts: so no two records want the same. A test lets the model and
+the pipeline do the same work and compares what comes out, the conflict log included.
 """
 
 from collections.abc import Callable
@@ -91,12 +92,13 @@ class Model:
     # --- the consumer ---
 
     def fetch(self, source: str) -> None:
-        """Recover, then take the snapshot of a direction."""
-        side, target = self.sides[source], self.sides[self._other[source]]
-        for applied in target.ledger:
-            side.events = {n: event for n, event in side.events.items() if n not in applied}
-        target.ledger = []
-        self._snapshot = deepcopy(side)
+        """Recover both directions, then take the snapshot of one."""
+        for name, side in self.sides.items():
+            for applied in self.sides[self._other[name]].ledger:
+                side.events = {n: event for n, event in side.events.items() if n not in applied}
+        for side in self.sides.values():
+            side.ledger = []
+        self._snapshot = deepcopy(self.sides[source])
 
     def apply(self, source: str) -> None:
         """Apply what the snapshot holds to the other node and commit it there with its ledger row."""

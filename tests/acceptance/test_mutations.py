@@ -37,6 +37,12 @@ MUTATIONS = {
         "for _, ids, read_at in rows[:0]:",
         f"{CRASHES}::test_a_batch_committed_but_not_acknowledged_is_not_applied_twice",
     ),
+    "the recovery of both directions before the first": Mutation(
+        "sync_pipeline/passes.py",
+        "if source.name in self.link.unrecovered:",
+        "if source.name in self.link.unrecovered and source.name == self.source:",
+        f"{CRASHES}::test_a_batch_committed_but_not_acknowledged_is_not_applied_twice",
+    ),
     "the age of the events that the ledger matches": Mutation(
         "sync_pipeline/ledger.py",
         '{"ids": ids, "read_at": read_at},',
