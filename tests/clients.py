@@ -17,6 +17,7 @@ TRACED = """
 alter table accounts add column history text[] not null default '{}';
 alter table users add column history text[] not null default '{}';
 alter table orders add column history text[] not null default '{}';
+alter table accounts add column number text not null unique deferrable default gen_random_uuid();
 """
 TABLES = ("accounts", "users", "orders")
 PARENTS = {"users": ("account_id", "accounts"), "orders": ("user_id", "users")}
@@ -27,6 +28,8 @@ REQUIRED: dict[str, tuple[str, object]] = {
     "orders": ("amount", 1),
 }
 PAYLOAD = {"accounts": "name", "users": "name", "orders": "note"}
+# What no two records may have: checked at the end of a statement, and row by row.
+UNIQUE = {"accounts": "number", "users": "email"}
 
 Record = tuple[str, int]
 
@@ -41,16 +44,19 @@ _REFUSALS = (
 
 @dataclass
 class Effects:
-    """The tokens that a transaction wrote, and those that it took away with the records they were in."""
+    """The tokens that a transaction wrote, those that it took away with their records, or brought with a new key."""
 
     written: set[str] = field(default_factory=set)
     removed: dict[Record, set[str]] = field(default_factory=dict)
+    brought: dict[Record, set[str]] = field(default_factory=dict)
 
     def add(self, other: "Effects") -> None:
         """Add what happened after."""
         self.written |= other.written
         for record, tokens in other.removed.items():
             self.removed.setdefault(record, set()).update(tokens)
+        for record, tokens in other.brought.items():
+            self.brought.setdefault(record, set()).update(tokens)
 
 
 class Client:
@@ -73,6 +79,10 @@ class Client:
     def holds(self) -> bool:
         """Whether a transaction is open."""
         return self._open is not None
+
+    def note_in(self, done: Effects) -> None:
+        """Note from now on what was committed here in `done`."""
+        self._done = done
 
     def begin(self) -> None:
         """Keep what follows in one transaction until `end`."""
@@ -135,13 +145,51 @@ class Client:
             if not rows or key == new:
                 return
             self._write(effects, table, key, "id", new)
-            if table == "users":
-                # A new address too, or the old one could belong to two records after a conflict.
-                self._execute("update users set email = %s where id = %s", self._token(), new)
             effects.removed.setdefault((table, key), set()).update(rows[0][0])
-            effects.removed.pop((table, new), None)
+            effects.brought.setdefault((table, new), set()).update(rows[0][0])
 
         self._run(rename)
+
+    def exchange(self, table: str, keys: list[int]) -> None:
+        """Pass the unique values of some records on in a circle: in one statement, or by way of a free value."""
+
+        def exchange(effects: Effects) -> None:
+            column = UNIQUE[table]
+            found: dict[int, str] = dict(
+                self._execute(
+                    f"select id, {column} from {table} where id = any (%s) order by id for update",
+                    keys,
+                ).fetchall()
+            )
+            circle = [key for key in keys if key in found]
+            values = [found[key] for key in [*circle[1:], *circle[:1]]]
+            if len(circle) < 2:
+                return
+            if table == "accounts":
+                tokens = [self._token() for _ in circle]
+                self._execute(
+                    "update accounts set number = given.number, history = history || given.token "
+                    "from unnest(%s::int[], %s::text[], %s::text[]) as given (id, number, token) "
+                    "where accounts.id = given.id",
+                    circle,
+                    values,
+                    tokens,
+                )
+                effects.written.update(tokens)
+                return
+            self._write(effects, table, circle[0], column, self._token())
+            for key, value in reversed(list(zip(circle, values, strict=True))):
+                self._write(effects, table, key, column, value)
+
+        self._run(exchange)
+
+    def make_unique(self, table: str, key: int) -> None:
+        """Give a record a unique value that nobody else ever had."""
+
+        def make_unique(effects: Effects) -> None:
+            self._write(effects, table, key, UNIQUE[table], self._token())
+
+        self._run(make_unique)
 
     def delete(self, table: str, key: int) -> None:
         """Delete a record with everything below it."""
@@ -252,5 +300,6 @@ def assert_nothing_is_lost(pair: Pair, done: Effects, unsure: Effects | None = N
     explained = {(table, int(key)) for (table, key, *_), _ in log}
     for record, history in rows.items():
         assert len(history) == len(set(history)), f"{record} has a write twice: {history}"
-        back = done.removed.get(record, set()).intersection(history)
+        gone = done.removed.get(record, set()) - done.brought.get(record, set())
+        back = gone.intersection(history)
         assert not back or record in explained, f"{record} came back with {sorted(back)}"

@@ -7,12 +7,13 @@ the engine's threads or `finally` blocks try afterwards meets dead connections.
 import os
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, suppress
+from unittest import mock
 
 import psycopg
 
-from sync_pipeline import passes
+from sync_pipeline import catalog, passes
 from sync_pipeline.config import Config
 from sync_pipeline.errors import LockTaken, PassInterrupted
 from sync_pipeline.link import Link, lead
@@ -22,7 +23,6 @@ from tests.engine import config_of
 from tests.helpers import Node, Pair
 
 GONE_SECONDS = 20.0
-LEAD_ATTEMPTS = 200
 
 
 class Died(BaseException):
@@ -39,68 +39,77 @@ DEATHS = (
 
 
 class Consumer:
-    """One worker; leads again by itself after it died or was interrupted."""
+    """One worker; leads again by itself after it died or was interrupted.
+
+    The catalogs are read once: for steps that do not change the schema.
+    """
 
     def __init__(self, pair: Pair, config: Config | None = None) -> None:
         self._pair = pair
         self._config = config or config_of(pair)
+        self._catalog: catalog.Catalog | None = None
         self._life = ExitStack()
         self._link: Link | None = None
+        # Of earlier lives that nobody has buried.
         self._backends: dict[str, list[int]] = {}
         self._pass: Generator[str, None, None] | None = None
         self._has_died = False
 
     @property
     def is_leading(self) -> bool:
+        """Whether it believes so: it learns of a lost connection from the next step."""
         return self._link is not None
+
+    def lead(self) -> Link:
+        """Take the lead at the first attempt. Raises `LockTaken`."""
+        with ExitStack() as exits:
+            if self._catalog is not None:
+                exits.enter_context(mock.patch.object(catalog, "read", return_value=self._catalog))
+            self._link = self._life.enter_context(lead(self._config))
+        self._catalog = self._link.catalog
+        return self._link
+
+    def lead_when_free(self) -> None:
+        """Take the lead as soon as the servers have noticed that the worker before this one died."""
+        deadline = time.monotonic() + GONE_SECONDS
+        while self._link is None:
+            with suppress(LockTaken):
+                self.lead()
+            assert time.monotonic() < deadline, "the locks of a dead consumer never became free"
 
     @property
     def link(self) -> Link:
         """The open link; leads if need be."""
-        for _ in range(LEAD_ATTEMPTS):
-            if self._link is not None:
-                break
-            # The server may not have noticed yet that the consumer before this one died.
-            with suppress(LockTaken):
-                self._link = self._life.enter_context(lead(self._config))
-                self._backends = backends_of(self._link)
-                break
-            time.sleep(0.02)
+        self.lead_when_free()
         if self._link is None:
-            raise AssertionError("the locks of a dead consumer never became free")
+            raise AssertionError("it leads")
         return self._link
 
-    def step(self, death: str | None = None) -> str:
+    def step(self, point: str | None = None, fault: Callable[[], None] | None = None) -> str:
         """Take the next step of a pass; tell which it was: "crm fetched", "crm parents written", "crm done"…, "over".
 
         A `PassInterrupted` ends the consumer's life, as it ends the `with` block of the engine's own loop. With a
-        point of DEATHS the consumer dies there, and `Died` is raised, if the step comes to it: by this step, or by the
-        next one, where the thread that acknowledges met the point after this one had ended.
+        point of DEATHS the fault strikes there, if the step comes to it; by default the consumer dies, and `Died` is
+        raised: by this step, or by the next one, where the thread that acknowledges met the point after this one had
+        ended.
         """
-
-        def die() -> None:
-            self._has_died = True
-            if self._link is not None:
-                shut_sockets(self._link)
-            raise Died
-
         try:
             if self._pass is None:
                 self._pass = _steps(self.link)
             with ExitStack() as exits:
-                if death is not None:
-                    exits.enter_context(POINTS[death].struck_by(die))
+                if point is not None:
+                    exits.enter_context(POINTS[point].struck_by(fault or self._drop_dead))
                 taken = next(self._pass)
         except BaseException as error:
-            if self._has_died:
-                # Another thread of the engine may have been the first to meet a dead connection.
-                self.die()
-                raise Died from error
+            has_died = self._has_died
             self.close()
+            if has_died:
+                # Another thread of the engine may have been the first to meet a dead connection.
+                raise Died from error
             raise
         if self._has_died:
             # The thread that acknowledges met the point, and this one had nothing to wait for any more.
-            self.die()
+            self.close()
             raise Died
         if taken == "over":
             self._pass = None
@@ -112,16 +121,33 @@ class Consumer:
             pass
 
     def die(self) -> None:
-        """Shut every socket without a goodbye, and return when the servers have noticed.
+        """Shut every socket without a goodbye. The servers may notice it a moment later; see `bury`.
 
         The next step is that of a new worker.
         """
         if self._link is not None:
             shut_sockets(self._link)
         self.close()
-        for node in self._pair.nodes:
-            wait_until_gone(node, self._backends.get(node.name, []))
-        self._backends = {}
+
+    def bury(self) -> None:
+        """Return when the servers have noticed that a dead worker's sessions are gone."""
+        if self._link is None:
+            for node in self._pair.nodes:
+                wait_until_gone(node, self._backends.pop(node.name, []))
+
+    def lose(self, node: Node, role: str) -> bool:
+        """Let an administrator end the sessions that write ("writer") or the "reader"; tell whether there were any."""
+        if self._link is None:
+            return False
+        side = self._link.sides[node.name]
+        pids = [
+            connection.info.backend_pid
+            for connection in side.connections
+            if not connection.closed and (connection is side.reader) == (role == "reader")
+        ]
+        # Waits for their end, up to the time given in milliseconds.
+        statement = "select coalesce(bool_or(pg_terminate_backend(pid, 20000)), false) from unnest(%s::int[]) as pid"
+        return bool(node.value(statement, pids))
 
     def interrupt(self) -> None:
         """End the life as a stop in the middle of a pass does: cleanly, everything closed."""
@@ -133,6 +159,10 @@ class Consumer:
 
     def close(self) -> None:
         """Stop leading."""
+        if self._link is not None:
+            for name, side in self._link.sides.items():
+                pids = [each.info.backend_pid for each in side.connections if not each.closed]
+                self._backends.setdefault(name, []).extend(pids)
         self._link = None
         steps, self._pass = self._pass, None
         # What the engine's own clean-up meets on dead connections is of no interest to a dead worker.
@@ -144,6 +174,12 @@ class Consumer:
         self._life = ExitStack()
         self._has_died = False
 
+    def _drop_dead(self) -> None:
+        self._has_died = True
+        if self._link is not None:
+            shut_sockets(self._link)
+        raise Died
+
 
 def shut_sockets(link: Link) -> None:
     """Shut the connections of a link under it; safe while other threads use them."""
@@ -153,14 +189,6 @@ def shut_sockets(link: Link) -> None:
                 continue
             with socket.socket(fileno=os.dup(connection.fileno())) as twin, suppress(OSError):
                 twin.shutdown(socket.SHUT_RDWR)
-
-
-def backends_of(link: Link) -> dict[str, list[int]]:
-    """The process ids of a link's sessions on each node."""
-    return {
-        name: [connection.info.backend_pid for connection in side.connections]
-        for name, side in link.sides.items()
-    }
 
 
 def wait_until_gone(node: Node, backends: list[int]) -> None:

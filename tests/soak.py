@@ -23,8 +23,17 @@ import psycopg
 
 from sync_pipeline import stream
 from sync_pipeline.servers import Server
+from tests import disputes
 from tests.bookkeeping import ORPHANS
-from tests.clients import PARENTS, TABLES, TRACED, Client, Effects, assert_nothing_is_lost
+from tests.clients import (
+    PARENTS,
+    TABLES,
+    TRACED,
+    UNIQUE,
+    Client,
+    Effects,
+    assert_nothing_is_lost,
+)
 from tests.engine import config_of, equal, installed
 from tests.helpers import NODES, Cluster, Node, Pair, write_config
 from tests.program import PROGRAM, variables
@@ -103,8 +112,8 @@ def apply_one_change(client: Client, dice: random.Random) -> str:
     """Do one thing that applications do; return its name."""
     table, key, other = dice.choice(TABLES), dice.choice(KEYS), dice.choice(KEYS)
     does = dice.choices(
-        ["insert", "update", "delete", "move", "change key", "hold", "end", "truncate"],
-        [40, 40, 6, 10, 4, 3, 6, 0.05],
+        ["insert", "update", "delete", "move", "change key", "exchange", "hold", "end", "truncate"],
+        [40, 40, 6, 10, 4, 4, 3, 6, 0.05],
     )[0]
     if does == "insert":
         client.insert(table, key, other)
@@ -116,6 +125,8 @@ def apply_one_change(client: Client, dice: random.Random) -> str:
         client.move(table, key, other)
     elif does == "change key":
         client.rename(table, key, other)
+    elif does == "exchange" and table in UNIQUE:
+        client.exchange(table, list({key, other, dice.choice(KEYS)}))
     elif does == "hold":
         client.begin()
     elif does == "end":
@@ -319,28 +330,38 @@ class Faults:
 # --- the run ---
 
 
-def settle(pair: Pair) -> tuple[int, int]:
-    """Cure what was poisoned, retry what failed, sync; return how many were set aside and how many conflicts logged."""
+def settle(pair: Pair, books: Books) -> tuple[int, int]:
+    """Cure what was poisoned or is disputed, retry what failed, sync; return how many were set aside, or conflicts."""
     for node in pair.nodes:
         node.execute("update sync.sync_node set paused_at = null")
         node.execute("update users set age = 1 where age >= 1000")
-    aside = 0
-    for _ in range(SETTLING_ROUNDS):
-        stream.sync(config_of(pair))
-        left = 0
-        for node in pair.nodes:
-            # Events for nothing stay for good, as they should; no other record may be given up.
-            aside += node.execute(
-                "delete from sync.sync_failures where table_name = %s or record_id = any (%s)",
-                UNKNOWN_TABLE,
-                NO_KEYS,
-            ).rowcount
-            assert node.rows("select * from sync.sync_failures where state = 'dead'") == []
-            left += node.execute(
-                "update sync.sync_failures set next_attempt_at = clock_timestamp()"
-            ).rowcount
-        if not left:
-            break
+    done, aside, before = Effects(), 0, -1
+    books.done.append(done)
+    with ExitStack() as exits:
+        clients = {node.name: Client(node, done, LOCK_TIMEOUT_SECONDS) for node in pair.nodes}
+        for client in clients.values():
+            exits.callback(client.close)
+        for _ in range(SETTLING_ROUNDS):
+            stream.sync(config_of(pair))
+            left = 0
+            for node in pair.nodes:
+                # Events for nothing stay for good, as they should; no other record may be given up.
+                aside += node.execute(
+                    "delete from sync.sync_failures where table_name = %s or record_id = any (%s)",
+                    UNKNOWN_TABLE,
+                    NO_KEYS,
+                ).rowcount
+                assert node.rows("select * from sync.sync_failures where state = 'dead'") == []
+                left += node.execute(
+                    "update sync.sync_failures set next_attempt_at = clock_timestamp()"
+                ).rowcount
+            if not left:
+                break
+            if left == before:
+                # Nothing moves by itself any more.
+                disputed = disputes.settle(pair, clients)
+                books.load["records left that wait for a disputed value"] += disputed
+            before = left
     conflicts = sum(node.value("select count(*) from sync.sync_conflicts") for node in pair.nodes)
     return aside, conflicts
 
@@ -445,7 +466,7 @@ def main() -> None:
             for consumer in consumers:
                 consumer.stop()
         seconds = time.monotonic() - began
-        aside, conflicts = settle(pair)
+        aside, conflicts = settle(pair, books)
         rows = check(pair, books)
         report(books, seconds, rows, aside, conflicts)
 
