@@ -349,8 +349,7 @@ select
     pg_catalog.clock_timestamp() as read_at,
     coalesce((select min(next_attempt_at) from {schema}.sync_failures) <= pg_catalog.clock_timestamp(), false)
         as failures_are_due,
-    pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint as oldest_running,
-    pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text::bigint as next_to_start
+    pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint as oldest_running
 
 -- name: read_poll
 -- What an idle consumer asks: does any event wait or is any failure due; and the oldest transaction that runs.
@@ -633,9 +632,10 @@ delete from {schema}.sync_applied
 where id = any (%(batch_ids)s::bigint[])
 
 -- name: note_pass
--- Remember when a pass last did something here.
+-- Remember when a pass last did something here; the number of this transaction.
 update {schema}.sync_node
 set last_pass_at = pg_catalog.clock_timestamp()
+returning pg_catalog.pg_current_xact_id()::text::bigint
 
 -- name: has_pending
 -- True when this node itself has marked anything: then its records may be dirty.

@@ -28,9 +28,10 @@ class Side:
     """One node of an open link.
 
     No event with an id up to `floor` exists or will come, so polls need not pass the dead rows there. A floor is
-    proven in two steps. The greatest id of a snapshot becomes the candidate; whoever was handed a smaller id had
-    begun by then, since a trigger runs in a transaction that has already written. Once a later snapshot, taken when
-    all of those had ended, has been consumed whole, the candidate is the floor.
+    proven in two steps. The greatest id of a snapshot becomes the candidate, with the number of a later transaction:
+    whoever was handed a smaller id has a smaller number, since a trigger runs in a transaction that has already
+    written. Once a later snapshot, taken when all of those had ended, has been consumed whole, the candidate is the
+    floor. (A snapshot's own bounds would not do: its upper one only says which transaction was the last to end.)
     """
 
     node: NodeConfig
@@ -47,13 +48,13 @@ class Side:
         found = [self.writer, self.reader]
         return found if self.second_writer is None else [*found, self.second_writer]
 
-    def consumed(self, greatest_id: int, moment: Moment) -> None:
-        """Note that everything in a snapshot has been consumed."""
+    def consumed(self, greatest_id: int, moment: Moment, later: int | None) -> None:
+        """Note that everything in a snapshot has been consumed, and a transaction that began after it, if one did."""
         if self._candidate is not None and moment.oldest_running >= self._candidate[1]:
             self.floor = self._candidate[0]
             self._candidate = None
-        if self._candidate is None:
-            self._candidate = (max(greatest_id, self.floor), moment.next_to_start)
+        if self._candidate is None and later is not None:
+            self._candidate = (max(greatest_id, self.floor), later)
 
     def floor_can_rise(self, oldest_running: int) -> bool:
         """True when one more look would prove a floor that saves polls from many dead rows."""

@@ -34,8 +34,11 @@ def acknowledge(
     ids: str,
     outcomes: Sequence[Outcome],
     retry: RetryConfig,
-) -> None:
-    """Delete exactly the events that a batch took; those of records that failed become failures, in one transaction."""
+) -> int:
+    """Delete exactly the events that a batch took; those of records that failed become failures, in one transaction.
+
+    Return its number.
+    """
 
     def run(name: str, **parameters: Any) -> None:
         connection.execute(query(queries.get(name, schema)), parameters)
@@ -67,7 +70,7 @@ def acknowledge(
                 )
         if ids != EMPTY:
             run("acknowledge", ids=ids)
-        run("note_pass")
+        return int(scalar(connection, query(queries.get("note_pass", schema))))
 
 
 def set_aside_unknown(connection: Connection, schema: str, table: str, reason: str) -> int:

@@ -125,7 +125,8 @@ class Pass:
         self._acknowledger.finish()
         self.link.unrecovered.discard(self.source)
         if self._consumed:
-            self._side.consumed(self._last_id, self._snapshot.moment)
+            moment = self._snapshot.moment
+            self._side.consumed(self._last_id, moment, self._acknowledger.transaction)
         return self.report
 
     def _compare_clocks(self, batch: Batch) -> None:
@@ -272,6 +273,8 @@ class Acknowledger:
         self._target = link.sides[target]
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="acknowledge")
         self._running: list[tuple[int, Future[None]]] = []
+        # The number of the last transaction that acknowledged.
+        self.transaction: int | None = None
 
     def run(self, work: Callable[[], int]) -> int:
         """Let something else use the connection to the source, after what is under way."""
@@ -287,7 +290,7 @@ class Acknowledger:
         # The target's commit did not wait for its disk. The source forgets nothing before the target is sure.
         ledger.make_durable(self._target.reader)
         config = self._link.config
-        outbox.acknowledge(
+        self.transaction = outbox.acknowledge(
             self._source, config.schema_name, batch.intake.ids, batch.outcomes, config.retry
         )
 

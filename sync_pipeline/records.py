@@ -84,15 +84,11 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """When a snapshot was taken: the node's clock, and which transactions had ended by then.
-
-    All transactions before `oldest_running` had; none from `next_to_start` on had begun.
-    """
+    """When a snapshot was taken: the node's clock; all transactions before `oldest_running` had ended."""
 
     read_at: datetime
     failures_are_due: bool
     oldest_running: int
-    next_to_start: int
 
 
 @dataclass(slots=True)

@@ -57,6 +57,23 @@ def test_the_floor_waits_for_transactions_that_may_still_hold_an_early_id(
     assert led.sides["crm"].floor > 0
 
 
+def test_the_floor_waits_for_a_transaction_that_began_after_the_last_one_that_ended(
+    pair: Pair, led: Link
+) -> None:
+    """Which a snapshot does not name: for it, what no later one has ended before has not begun."""
+    with pair.crm.connect(autocommit=False) as one, pair.crm.connect(autocommit=False) as late:
+        one.execute("select pg_current_xact_id()")
+        late.execute("insert into accounts values (0, 'late')")
+        one.execute("insert into accounts values (-1, 'one')")
+        one.commit()
+        drain(led)
+        pair.crm.insert("accounts", id=-2, name="more")
+        drain(led)
+        late.commit()
+    drain(led)
+    assert equal(pair, ("accounts",))
+
+
 def test_a_poll_reads_nothing_below_the_floor_while_an_old_snapshot_is_held(
     pair: Pair, led: Link
 ) -> None:
