@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import psycopg
@@ -45,6 +45,8 @@ class Batch:
     # The ledger rows that are no longer needed, asked for at the end.
     forget: Callable[[], list[int]]
     target_floor: int
+    # The records of this pass that the source did not win: a later batch can have more events of them.
+    not_won: set[tuple[str, str]]
     counts: dict[str, Counts] = field(default_factory=dict, init=False)
     outcomes: list[Outcome] = field(default_factory=list, init=False)
     ledger_id: int = field(default=0, init=False)
@@ -369,15 +371,21 @@ class Batch:
             else d
             for d in decisions
         ]
+        decisions = [
+            replace(d, again=(d.dirty.table, d.dirty.record_id) in self.not_won) for d in decisions
+        ]
         self._failures += conflicts.settle(
             self.applier, self.config, self.source, self.target, decisions
         )
         for decision in decisions:
-            if not decision.equal:
-                table = decision.dirty.table
+            if decision.equal:
+                continue
+            table = decision.dirty.table
+            if not decision.again:
                 self._conflicts[table] = self._conflicts.get(table, 0) + 1
-                if decision.winner != self.source:
-                    self._lost[table] = self._lost.get(table, 0) + 1
+            if decision.winner != self.source:
+                self._lost[table] = self._lost.get(table, 0) + 1
+                self.not_won.add((table, decision.dirty.record_id))
 
     def _changes(self, table: str, record_ids: list[str]) -> dict[str, Change]:
         """Return what the source knows of some records of the batch: nothing of those that were brought along."""

@@ -46,12 +46,16 @@ class Dirty:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do with a record that is dirty on both nodes. `winner` None: the rows are equal, or it is held."""
+    """What to do with a record that is dirty on both nodes. `winner` None: the rows are equal, or it is held.
+
+    `again`: an earlier batch of the pass had it and has logged the decision.
+    """
 
     dirty: Dirty
     kind: Kind
     winner: str | None
     equal: bool = False
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +131,7 @@ def settle(
     held: list[Failure] = []
     for table in dict.fromkeys(decision.dirty.table for decision in decisions):
         mine = [decision for decision in decisions if decision.dirty.table == table]
-        logged = [decision for decision in mine if not decision.equal]
+        logged = [decision for decision in mine if not (decision.equal or decision.again)]
         if logged:
             log(applier, schema, table, logged)
         cleared = [d.dirty for d in mine if d.equal or d.winner == source]

@@ -42,6 +42,7 @@ class Pass:
     _batch: Batch | None = field(default=None, init=False)
     _ahead: "Ahead | None" = field(default=None, init=False)
     _last_id: int = field(default=0, init=False)
+    _not_won: set[tuple[str, str]] = field(default_factory=set, init=False)
     _ended: bool = field(default=False, init=False)
     _consumed: bool = field(default=False, init=False)
 
@@ -230,6 +231,7 @@ class Pass:
             target=self.target,
             forget=self._acknowledger.acknowledged,
             target_floor=self.link.sides[self.target].floor,
+            not_won=self._not_won,
         ).stage()
 
     def _commit(self, batch: Batch) -> None:

@@ -128,10 +128,6 @@ def test_an_unknown_conflict_or_node_changes_nothing(pair: Pair, decided: Config
         resolve(decided, pair.billing.value("select id from sync.sync_conflicts"), "sales")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="each batch of a backlog decides anew, while the winning target's own event still waits there",
-)
 def test_a_record_with_events_in_several_batches_is_one_conflict(pair: Pair) -> None:
     write_config(pair.config_path, batch_size=1)
     installed(pair)
