@@ -106,6 +106,7 @@ class Link:
             try:
                 locks.take_second(connection, side.leader, self.config, side.node.name)
             except BaseException:
+                _release(connection, self.config)
                 connection.close()
                 raise
             side.second_writer = connection

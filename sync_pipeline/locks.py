@@ -14,7 +14,7 @@ from psycopg.rows import class_row
 from sync_pipeline import queries
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, query, scalar
-from sync_pipeline.errors import LockTaken, PoolerRefused
+from sync_pipeline.errors import LockTaken, PassInterrupted, PoolerRefused
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def take(connection: Connection, config: Config, node: str) -> Leader:
 def take_second(connection: Connection, first: Leader, config: Config, node: str) -> None:
     """Take a node's second lock for the life of this connection, beside the session that has the first.
 
-    Raises `LockTaken` unless that one still leads, here, after the second lock was taken.
+    Raises `PassInterrupted` unless that one still leads, here, after the second lock was taken.
     """
     taken = scalar(
         connection,
@@ -59,7 +59,7 @@ def take_second(connection: Connection, first: Leader, config: Config, node: str
         {"schema": config.schema_name},
     )
     if not taken or leader(connection, config) != first:
-        raise LockTaken("another worker has taken over", node=node, remedy="nothing: it goes on")
+        raise PassInterrupted("the writer has lost its lock", node=node)
 
 
 def release(connection: Connection, config: Config) -> None:
