@@ -136,18 +136,18 @@ class Consumer:
                 wait_until_gone(node, self._backends.pop(node.name, []))
 
     def lose(self, node: Node, role: str) -> bool:
-        """Let an administrator end the sessions that write ("writer") or the "reader"; tell whether there were any."""
+        """Let an administrator end the sessions that write ("writer") or the "reader"; tell whether there were any.
+
+        By their names: a thread may be opening the second writer at this moment. Nobody else's are alive.
+        """
         if self._link is None:
             return False
-        side = self._link.sides[node.name]
-        pids = [
-            connection.info.backend_pid
-            for connection in side.connections
-            if not connection.closed and (connection is side.reader) == (role == "reader")
-        ]
         # Waits for their end, up to the time given in milliseconds.
-        statement = "select coalesce(bool_or(pg_terminate_backend(pid, 20000)), false) from unnest(%s::int[]) as pid"
-        return bool(node.value(statement, pids))
+        statement = (
+            "select coalesce(bool_or(pg_terminate_backend(pid, 20000)), false) from pg_stat_activity "
+            "where datname = current_database() and application_name like %s"
+        )
+        return bool(node.value(statement, f"sync-pipeline sync %{role}"))
 
     def interrupt(self) -> None:
         """End the life as a stop in the middle of a pass does: cleanly, everything closed."""
