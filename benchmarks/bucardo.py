@@ -78,6 +78,8 @@ class Bucardo:
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
+            # It leaves notes where it runs.
+            cwd=self.directory,
         )
         if done.returncode:
             raise RuntimeError(f"bucardo {' '.join(command)}: {done.stdout}{done.stderr}")

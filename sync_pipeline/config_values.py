@@ -172,7 +172,7 @@ class Options(Model):
         default=10_000, ge=1, le=1_000_000, description="a whole number from 1 to 1000000"
     )
     poll_seconds: float = Field(
-        default=0.125, gt=0, le=3600, description="seconds above 0, at most 3600"
+        default=0.15, gt=0, le=3600, description="seconds above 0, at most 3600"
     )
     retry: RetryConfig = Field(default=RetryConfig(), description="a mapping of options")
     conflict: str = Field(default=POLICIES[0], description="a policy or the name of a node")

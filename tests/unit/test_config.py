@@ -137,7 +137,7 @@ def test_every_option_has_the_documented_default() -> None:
     config = tables("users")
     assert config.schema_name == "sync"
     assert config.batch_size == 10_000
-    assert config.poll_seconds == 0.125
+    assert config.poll_seconds == 0.15
     assert (config.retry.max_attempts, config.retry.base_seconds, config.retry.max_seconds) == (
         10,
         2.0,
