@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import dagster as dg
-from psycopg import pq
 
 from sync_pipeline import passes, queries
 from sync_pipeline.config import Config
@@ -20,7 +19,6 @@ from sync_pipeline.records import DirectionReport
 
 CANCEL_ROUNDS = 10
 CANCEL_ROUND_SECONDS = 0.05
-CANCEL_TIMEOUT_SECONDS = 0.5
 
 PAUSED = "the link is paused; `sync-pipeline resume` ends that"
 
@@ -144,11 +142,8 @@ def beside(work: Callable[[], T], link: Callable[[], Link | None]) -> Iterator[F
 
 def cancel(link: Link | None) -> None:
     """Cancel the statements that the connections of a link run."""
-    for side in link.sides.values() if link is not None else ():
-        for connection in side.connections:
-            with suppress(Exception):
-                if connection.info.transaction_status == pq.TransactionStatus.ACTIVE:
-                    connection.cancel_safe(timeout=CANCEL_TIMEOUT_SECONDS)
+    if link is not None:
+        link.cancel()
 
 
 def failure(error: SyncPipelineError) -> dg.Failure:
