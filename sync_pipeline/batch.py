@@ -372,7 +372,11 @@ class Batch:
             for d in decisions
         ]
         decisions = [
-            replace(d, again=(d.dirty.table, d.dirty.record_id) in self.not_won) for d in decisions
+            # A later event of the source can turn a decision: that is told too.
+            replace(d, again=(d.dirty.table, d.dirty.record_id) in self.not_won)
+            if d.winner != self.source
+            else d
+            for d in decisions
         ]
         self._failures += conflicts.settle(
             self.applier, self.config, self.source, self.target, decisions

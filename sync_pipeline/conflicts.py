@@ -48,7 +48,7 @@ class Dirty:
 class Decision:
     """What to do with a record that is dirty on both nodes. `winner` None: the rows are equal, or it is held.
 
-    `again`: an earlier batch of the pass had it and has logged the decision.
+    `again`: an earlier batch of the pass had it, did not let the source win either, and has logged that.
     """
 
     dirty: Dirty

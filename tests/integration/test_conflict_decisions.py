@@ -143,6 +143,22 @@ def test_a_record_with_events_in_several_batches_is_one_conflict(pair: Pair) -> 
     assert len(pair.billing.rows("select from sync.sync_conflicts")) == 1
 
 
+def test_a_later_event_of_the_same_record_may_turn_the_decision(pair: Pair) -> None:
+    """The first batch sees only the older event of crm and lets billing win; no row may be lost without a trace."""
+    write_config(pair.config_path, batch_size=1)
+    installed(pair)
+    pair.crm.insert("accounts", id=1, name="crm first")
+    pair.billing.insert("accounts", id=1, name="billing")
+    pair.crm.execute("update accounts set name = 'crm last'")
+    sync_pair(pair)
+    assert equal(pair)
+    assert names(pair.billing) == [("crm last",)]
+    logged = pair.billing.rows(
+        "select winner, local_row ->> 'name', remote_row ->> 'name' from sync.sync_conflicts order by id"
+    )
+    assert logged == [("billing", "billing", "crm last"), ("crm", "billing", "crm last")]
+
+
 def test_conflict_numbers_never_occur_on_both_nodes(pair: Pair, decided: Config) -> None:
     statement = (
         "select mod(nextval(pg_get_serial_sequence('sync.sync_conflicts', 'id')), 2)"
