@@ -638,8 +638,23 @@ set last_pass_at = pg_catalog.clock_timestamp()
 returning pg_catalog.pg_current_xact_id()::text::bigint
 
 -- name: has_pending
--- True when this node itself has marked anything: then its records may be dirty.
-select {schema}.has_events(%(floor)s) or exists (select from {schema}.sync_failures)
+-- True when this node itself has marked anything above an id, or has a failure: then its records may be dirty.
+select {schema}.has_events(%(bound)s) or exists (select from {schema}.sync_failures)
+
+-- name: read_greatest_event
+-- The greatest id of an event that waits here.
+select coalesce(max(id), 0) from {schema}.sync_events
+
+-- name: read_event_writers
+-- The transactions of others that have written to the events and still run, prepared ones included, by name.
+select coalesce(pg_catalog.array_agg(distinct virtualtransaction), '{}')
+from pg_catalog.pg_locks
+where locktype = 'relation'
+    and database = (select oid from pg_catalog.pg_database where datname = pg_catalog.current_database())
+    and relation = pg_catalog.to_regclass(pg_catalog.format('%%I.sync_events', %(schema)s::text))
+    and mode = 'RowExclusiveLock'
+    and granted
+    and pid is distinct from pg_catalog.pg_backend_pid()
 
 -- name: delete_events
 -- Delete events by id.

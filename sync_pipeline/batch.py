@@ -13,12 +13,13 @@ from sync_pipeline import capture, clocks, conflicts, isolation, ledger, parking
 from sync_pipeline.applier import Applier, Refusal, Step
 from sync_pipeline.companions import Companions
 from sync_pipeline.config import Config
-from sync_pipeline.conflicts import Decision, Dirty
+from sync_pipeline.conflicts import Decision
 from sync_pipeline.database import error_class, query, scalar
 from sync_pipeline.errors import PassInterrupted
 from sync_pipeline.outbox import Outcome
 from sync_pipeline.records import Counts, Failure
 from sync_pipeline.snapshot import Change, Intake, Snapshot
+from sync_pipeline.waiting import Dirty, Waiting
 
 MAX_ROUNDS = 8
 
@@ -44,7 +45,7 @@ class Batch:
     target: str
     # The ledger rows that are no longer needed, asked for at the end.
     forget: Callable[[], list[int]]
-    target_floor: int
+    waiting: Waiting
     # The records of this pass that the source did not win: a later batch can have more events of them.
     not_won: set[tuple[str, str]]
     counts: dict[str, Counts] = field(default_factory=dict, init=False)
@@ -118,7 +119,7 @@ class Batch:
         A refusal is dealt with in `finish`.
         """
         # Most conflicts are here before us. Those that come while we write are found when our locks are held.
-        if dirty := self._dirty([]):
+        if dirty := self.waiting.find(self.applier):
             self._settle(dirty)
         self._savepoint()
         steps = self._deletes_first() + self.applier.steps(tables, "upsert")
@@ -354,7 +355,7 @@ class Batch:
         failing = {(refusal.table, refusal.number) for refusal in refused}
         return [
             dirty
-            for dirty in conflicts.find(self.applier, self._schema, self.target_floor)
+            for dirty in self.waiting.find_again(self.applier, self._last_number)
             if (dirty.table, dirty.number) not in failing
         ]
 

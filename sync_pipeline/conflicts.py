@@ -5,8 +5,7 @@ knowledge of the source's change, whatever the clocks say.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
 from typing import Literal
 
 from psycopg import sql
@@ -14,12 +13,12 @@ from psycopg.rows import class_row
 
 from sync_pipeline import queries
 from sync_pipeline.applier import Applier
-from sync_pipeline.capture import has_one_text, key_values
 from sync_pipeline.config import Config
-from sync_pipeline.database import Connection, query, scalar
+from sync_pipeline.database import Connection, query
 from sync_pipeline.records import Failure
 from sync_pipeline.snapshot import Change
 from sync_pipeline.statements import AMONG, TableStatements
+from sync_pipeline.waiting import Dirty
 
 # Not the key: a composite value of nulls `is null`.
 _FOUND = sql.SQL("(t.tableoid is not null)")
@@ -28,20 +27,6 @@ _FOUND = sql.SQL("(t.tableoid is not null)")
 HELD = "HELD"
 
 Kind = Literal["insert_insert", "update_update", "update_delete", "parent_deleted"]
-
-
-@dataclass(frozen=True, slots=True)
-class Dirty:
-    """A staged record that has events or a failure on the target as well."""
-
-    table: str
-    number: int
-    record_id: str
-    changed_at: datetime
-    inserted: bool
-    event_ids: list[int]
-    # Its key as the target's failures spell it.
-    failed_as: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +49,6 @@ class _Comparison:
     staged_present: bool
     target_present: bool
     equal: bool
-
-
-def find(applier: Applier, schema: str, floor: int) -> list[Dirty]:
-    """Return the staged records that are dirty on the target: it has no events up to `floor`.
-
-    Normally one look at an almost empty table.
-    """
-    connection = applier.connection
-    if not scalar(connection, query(queries.get("has_pending", schema)), {"floor": floor}):
-        return []
-    dirty: list[Dirty] = []
-    for table in applier.staged:
-        with connection.cursor(row_factory=class_row(Dirty)) as cursor:
-            dirty += cursor.execute(_find(applier.statements(table), schema)).fetchall()
-    return dirty
 
 
 def decide(
@@ -231,66 +201,6 @@ def _winner(
     if change.changed_at > dirty.changed_at:
         return source
     return config.first.name
-
-
-def _find(statements: TableStatements, schema: str) -> sql.Composed:
-    relation = statements.relation
-    keys = [sql.Identifier(f"key {index}") for index in range(len(relation.key))]
-    if has_one_text(relation):
-        key_columns: sql.Composable = sql.SQL("")
-        same_record: sql.Composable = sql.SQL("pending.record_id = staged.record_id")
-    else:
-        # Two texts can be one key: compare values. Whatever is no key is nobody's.
-        key_columns = sql.SQL("").join(
-            sql.SQL(", case when {} then {} end as {}").format(
-                statements.is_key(sql.SQL("waiting.record_id"), schema), value, key
-            )
-            for value, key in zip(
-                key_values(relation, sql.SQL("waiting.record_id")), keys, strict=True
-            )
-        )
-        same_record = sql.SQL(" and ").join(
-            sql.SQL("pending.{0} = staged.{0}").format(key) for key in keys
-        )
-    return sql.SQL(
-        """
-with waiting as (
-    select record_id, created_at as changed_at, event_type, id as event_id
-    from {events}
-    where table_name = {table}
-        -- What our own rows made triggers do is news for the source, not a change that it did not know.
-        and caused_by is distinct from pg_catalog.pg_current_xact_id()
-    union all
-    select record_id, changed_at, event_type, null
-    from {failures}
-    where table_name = {table}
-),
-pending as (select waiting.*{key_columns} from waiting)
-select
-    {table} as "table",
-    staged.n as number,
-    staged.record_id,
-    max(pending.changed_at) as changed_at,
-    bool_or(pending.event_type = 'insert') as inserted,
-    coalesce(array_agg(pending.event_id) filter (where pending.event_id is not null), '{{}}') as event_ids,
-    coalesce(array_agg(pending.record_id) filter (where pending.event_id is null), '{{}}') as failed_as
-from (select s.n, {record_id} as record_id, {staged_keys} from {stage} as s) as staged
-join pending on {same_record}
-group by staged.n, staged.record_id
-order by staged.n"""
-    ).format(
-        events=sql.Identifier(schema, "sync_events"),
-        failures=sql.Identifier(schema, "sync_failures"),
-        table=relation.table,
-        key_columns=key_columns,
-        record_id=statements.record_id(),
-        staged_keys=sql.SQL(", ").join(
-            sql.SQL("{} as {}").format(statements.staged(field_), key)
-            for field_, key in zip(relation.key, keys, strict=True)
-        ),
-        stage=statements.stage,
-        same_record=same_record,
-    )
 
 
 def _compare(statements: TableStatements) -> sql.Composed:

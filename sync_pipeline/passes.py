@@ -22,6 +22,7 @@ from sync_pipeline.errors import CatalogMismatch, PassInterrupted
 from sync_pipeline.link import Link
 from sync_pipeline.records import DirectionReport
 from sync_pipeline.snapshot import Intake, ReadFailed, Snapshot
+from sync_pipeline.waiting import Waiting
 
 
 @dataclass
@@ -43,6 +44,8 @@ class Pass:
     _ahead: "Ahead | None" = field(default=None, init=False)
     _last_id: int = field(default=0, init=False)
     _not_won: set[tuple[str, str]] = field(default_factory=set, init=False)
+    # Of the first and of the second writer.
+    _waiting: dict[bool, Waiting] = field(default_factory=dict, init=False)
     _ended: bool = field(default=False, init=False)
     _consumed: bool = field(default=False, init=False)
 
@@ -125,6 +128,8 @@ class Pass:
             self._consumed = not self._catalog.left_out
         self._acknowledger.finish()
         self.link.unrecovered.discard(self.source)
+        for waiting in self._waiting.values():
+            waiting.close()
         if self._consumed:
             moment = self._snapshot.moment
             self._side.consumed(self._last_id, moment, self._acknowledger.transaction)
@@ -222,15 +227,19 @@ class Pass:
     # --- writing ---
 
     def _staged(self, intake: Intake, *, second: bool = False) -> Batch:
+        applier = self.link.applier(self.target, second=second)
+        if second not in self._waiting:
+            floor = self.link.sides[self.target].floor
+            self._waiting[second] = Waiting(applier.connection, self._schema, floor)
         return Batch(
-            applier=self.link.applier(self.target, second=second),
+            applier=applier,
             config=self.link.config,
             snapshot=self._snapshot,
             intake=intake,
             source=self.source,
             target=self.target,
             forget=self._acknowledger.acknowledged,
-            target_floor=self.link.sides[self.target].floor,
+            waiting=self._waiting[second],
             not_won=self._not_won,
         ).stage()
 

@@ -105,8 +105,8 @@ cross join (
     from {schema}.sync_conflicts
 ) as conflicts;
 
--- The statistics of a queue are always out of date. The settings of the next two functions keep the planner on the
--- primary key, whatever it believes of the table's size, so that a poll never reads the dead rows below its floor.
+-- The statistics of a queue are always out of date. The settings of the next three functions keep the planner on the
+-- primary key, whatever it believes of the table's size, so that nobody reads the dead rows below a floor.
 
 -- True when an event above a floor waits.
 create function {schema}.has_events(above_id bigint) returns boolean
@@ -116,6 +116,19 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 as $$
     select exists (select from {schema}.sync_events where id > above_id)
+$$;
+
+-- All events of a table after an id.
+create function {schema}.events_after(above_id bigint, of_table text)
+returns table (record_id text, changed_at timestamptz, event_type text, event_id bigint, caused_by xid8)
+language sql stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+    select record_id, created_at, event_type, id, caused_by
+    from {schema}.sync_events
+    where id > above_id and table_name = of_table
 $$;
 
 -- The next events after an id, at most so many and none of ignored tables: how many of each table, and which.
@@ -194,4 +207,5 @@ $$;
 revoke all on function {schema}.try_each(text, bigint[], text[]) from public;
 revoke all on function {schema}.is_value(text, text) from public;
 revoke all on function {schema}.has_events(bigint) from public;
+revoke all on function {schema}.events_after(bigint, text) from public;
 revoke all on function {schema}.next_events(bigint, text[], integer) from public;

@@ -30,6 +30,7 @@ class Mutation:
 
 CRASHES = "tests/integration/test_crashes.py"
 PROTOCOL = "tests/integration/test_protocol.py"
+WAITING = "tests/integration/test_waiting.py"
 MUTATIONS = {
     "the ledger": Mutation(
         "sync_pipeline/ledger.py",
@@ -60,6 +61,18 @@ MUTATIONS = {
         "if not dirty:",
         "if True:",
         f"{PROTOCOL}::test_the_application_that_was_ahead_of_us_is_seen_under_our_locks",
+    ),
+    "the wait of the copy for transactions that run": Mutation(
+        "sync_pipeline/waiting.py",
+        "if writers.isdisjoint(running):",
+        "if True:",
+        f"{WAITING}::test_a_transaction_that_has_an_earlier_id_keeps_the_copy_from_passing_it",
+    ),
+    "the look at transactions that run before the first check": Mutation(
+        "sync_pipeline/waiting.py",
+        "if not running:",
+        "if True:",
+        f"{WAITING}::test_an_earlier_id_that_commits_between_the_two_checks_of_a_batch_is_found",
     ),
     "the lock of both nodes": Mutation(
         "sync_pipeline/locks.py",

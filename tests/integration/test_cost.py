@@ -11,8 +11,10 @@ from contextlib import contextmanager
 import pytest
 from psycopg import pq
 
-from sync_pipeline import passes
+from sync_pipeline import passes, waiting
 from sync_pipeline.link import WORTHWHILE_ROWS, Link, lead
+from sync_pipeline.waiting import Waiting
+from tests.crashing import Point
 from tests.engine import config_of, equal, installed
 from tests.helpers import Node, Pair, write_config
 
@@ -347,6 +349,39 @@ def test_an_idle_look_reads_few_tuples_however_many_failures_wait(pair: Pair, li
     after = _tuples_read(pair, link)
 
     assert after - before <= FEW * len(pair.nodes) * TUPLES_PER_POLL
+
+
+def test_a_backlog_on_the_target_is_read_once_and_not_for_each_batch(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once by each of its writers, and by the other direction afterwards."""
+    monkeypatch.setattr(waiting, "WORTHWHILE_EVENTS", BATCH)
+    write_config(pair.config_path, batch_size=BATCH // 10)
+    with lead(config_of(pair)) as link:
+        rename(pair.crm, FEW, "first")
+        consume(link)
+        rename(pair.crm, BATCH, "crm")
+        add_accounts(pair.billing, MANY, first=MANY + 1)
+        read: list[int] = []
+        with Point("before", Waiting, "close").struck_by(
+            lambda: read.append(_events_read(pair.billing, link))
+        ):
+            before = _events_read(pair.billing, link)
+            consume(link)
+    assert equal(pair, ("accounts",))
+    assert read[0] - before < 4 * MANY
+
+
+def _events_read(node: Node, link: Link) -> int:
+    """How many events have been read by the sessions of a link on a node."""
+    for connection in link.sides[node.name].connections:
+        connection.execute("select pg_stat_force_next_flush()")
+    return int(
+        node.value(
+            "select seq_tup_read + idx_tup_fetch from pg_stat_user_tables"
+            " where relid = 'sync.sync_events'::regclass"
+        )
+    )
 
 
 def _tuples_read(pair: Pair, link: Link) -> int:
