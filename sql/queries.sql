@@ -369,6 +369,25 @@ select pg_catalog.clock_timestamp()
 select table_name, events, inserts, first_id, last_id, oldest_at
 from {schema}.next_events(%(after_id)s, %(ignored)s::text[], %(at_most)s)
 
+-- name: read_further_events
+-- The first and the last of the next events of a table.
+select min(id), max(id)
+from (
+    select id
+    from {schema}.sync_events
+    where id > %(after_id)s and table_name = %(table_name)s
+    order by id
+    limit %(at_most)s
+) as further
+
+-- name: read_further_failures
+-- The next records of a table that are retried.
+select record_id
+from {schema}.sync_failures
+where table_name = %(table_name)s and state = 'retrying' and record_id > %(after)s
+order by record_id
+limit %(at_most)s
+
 -- name: read_event_ids
 -- The ids of events as ranges, where some between the first and the last are missing or not visible yet.
 select pg_catalog.range_agg(pg_catalog.int8range(id, id, '[]'))::text
@@ -400,10 +419,10 @@ group by record_id
 -- Records of a table whose text is no value of the key's type, or no array of values for a composite key.
 select record_id
 from (
-    select record_id from {schema}.sync_events where table_name = %(table_name)s and id <= %(last_id)s
+    select record_id from {schema}.sync_events where table_name = %(table_name)s
     union
     select record_id from {schema}.sync_failures
-    where table_name = %(table_name)s and next_attempt_at <= pg_catalog.clock_timestamp()
+    where table_name = %(table_name)s and state = 'retrying'
 ) as waiting
 where case
     when pg_catalog.array_length(%(types)s::text[], 1) = 1
@@ -452,7 +471,7 @@ set state = 'dead',
     last_failed_at = pg_catalog.clock_timestamp()
 where table_name = %(table_name)s
     and (%(record_ids)s::text[] is null or record_id = any (%(record_ids)s::text[]))
-    and next_attempt_at <= pg_catalog.clock_timestamp()
+    and state = 'retrying'
 
 -- name: revive_failures
 -- Make due what was set aside while its table was not synced.

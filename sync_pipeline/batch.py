@@ -110,7 +110,12 @@ class Batch:
         for part in self.intake.parts:
             self.applier.stage(part)
         self._companions = Companions(
-            self.applier, self.snapshot, self._schema, self._last_number, self._stack
+            self.applier,
+            self.snapshot,
+            self._schema,
+            self._last_number,
+            self.intake.last_id,
+            self._stack,
         )
 
     def upsert(self, tables: list[str]) -> None:

@@ -2,29 +2,42 @@
 
 Parents that the target lacks; partners that hold a unique value which a record of the batch takes; children that are
 gone, too, of parents that are deleted. Each may need further ones.
+
+When all positions of a list move up by one, each record needs the next. Such a chain is not followed record by record
+to its end: after a few, more and more of what the source has to send comes along as well.
 """
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import count
 
 from sync_pipeline import parking
 from sync_pipeline.applier import Applier
 from sync_pipeline.snapshot import Part, Snapshot
 
+PATIENT_LEVELS = 8
+FIRST_REACH = 1_000
+
 
 @dataclass
 class Companions:
-    """Stages companions of a batch. Their numbers follow `last_number`, the greatest of the batch's own records."""
+    """Stages companions of a batch. Their numbers follow `last_number`, the greatest of the batch's own records.
+
+    `last_id` is the greatest id of its events.
+    """
 
     applier: Applier
     snapshot: Snapshot
     schema: str
     last_number: int
+    last_id: int
     stack: ExitStack
     partner_numbers: set[int] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self._next_number = self.last_number + 1
+        # Up to which event and which failure of a table has been reached for more to bring along.
+        self._reached: dict[str, tuple[int, str]] = {}
 
     def bring_parents(self) -> bool:
         """Stage parents that staged rows refer to and the target lacks; true if any came."""
@@ -35,10 +48,11 @@ class Companions:
 
     def bring_partners(self) -> bool:
         """Stage clean records in the way of a unique value that are about to change as well; true if any came."""
-        came = False
-        while self._bring_level_of_partners():
-            came = True
-        return came
+        for level in count():
+            reach = FIRST_REACH << min(level - PATIENT_LEVELS, 20) if level >= PATIENT_LEVELS else 0
+            if not self._bring_level_of_partners(reach):
+                return level > 0
+        raise AssertionError("there is no last number")
 
     def bring_children(self) -> bool:
         """Stage clean children of records to be deleted that have changed on the source as well; true if any came."""
@@ -65,12 +79,15 @@ class Companions:
                     return True
         return False
 
-    def _bring_level_of_partners(self) -> bool:
+    def _bring_level_of_partners(self, reach: int) -> bool:
         first = self._next_number
         came = False
         for table in list(self.applier.staged):
             ids = parking.outsiders(self.applier, table, self.schema)
-            came = self._stage_changed(table, ids) or came
+            if self._stage_changed(table, ids):
+                came = True
+                if reach:
+                    self._stage_further(table, reach)
         self.partner_numbers.update(range(first, self._next_number))
         return came
 
@@ -102,6 +119,24 @@ class Companions:
         part = Part(table, retried=tuple(changed))
         self.snapshot.read_rows(part, self._next_number)
         return self._stage(part)
+
+    def _stage_further(self, table: str, reach: int) -> None:
+        """Stage more of what the source has to send of a table, but for what is staged already or dirty."""
+        last_id, last_record = self._reached.get(table, (self.last_id, ""))
+        part = self.snapshot.further(table, last_id, last_record, reach)
+        if part is None:
+            return
+        if part.retried:
+            last_record = part.retried[-1]
+        else:
+            last_id = part.last_id
+        self._reached[table] = last_id, last_record
+        first = self._next_number
+        self.snapshot.read_rows(part, first)
+        if self._stage(part):
+            statements = self.applier.statements(table)
+            for statement in (statements.unstage_repeated, statements.unstage_dirty(self.schema)):
+                self.applier.connection.execute(statement, {"first": first})
 
     def _stage(self, part: Part) -> bool:
         self.stack.callback(part.close)

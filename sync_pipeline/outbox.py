@@ -78,14 +78,12 @@ def set_aside_unknown(connection: Connection, schema: str, table: str, reason: s
     return _set_aside(connection, schema, table, None, "42P01", reason)
 
 
-def set_aside_invalid_keys(
-    connection: Connection, schema: str, relation: Relation, last_id: int
-) -> int:
+def set_aside_invalid_keys(connection: Connection, schema: str, relation: Relation) -> int:
     """Move events whose `record_id` is no key of their table out of the way; return how many."""
     types = [relation.columns[name].type_name for name in relation.key]
     rows = connection.execute(
         query(queries.get("read_invalid_keys", schema)),
-        {"table_name": relation.table, "types": types, "last_id": last_id},
+        {"table_name": relation.table, "types": types},
     ).fetchall()
     if not rows:
         return 0

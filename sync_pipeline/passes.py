@@ -211,13 +211,7 @@ class Pass:
                 ) from failure
             relation = self._catalog.relation(self.source, failure.table)
             moved = self._acknowledger.run(
-                partial(
-                    outbox.set_aside_invalid_keys,
-                    self._side.writer,
-                    self._schema,
-                    relation,
-                    self._last_id,
-                )
+                partial(outbox.set_aside_invalid_keys, self._side.writer, self._schema, relation)
             )
             if not moved:
                 raise

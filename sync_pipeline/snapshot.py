@@ -189,6 +189,20 @@ class Snapshot:
             )
         return intakes
 
+    def further(self, table: str, after_id: int, after_record: str, at_most: int) -> Part | None:
+        """Return the next events of a table, at most so many; then its next failures; None when there are no more."""
+        parameters = {"table_name": table, "at_most": at_most}
+        with self._lock:
+            rows = self._connection.execute(
+                self._query("read_further_events"), parameters | {"after_id": after_id}
+            ).fetchall()
+            if rows and rows[0][1]:
+                return Part(table, first_id=rows[0][0], last_id=rows[0][1])
+            rows = self._connection.execute(
+                self._query("read_further_failures"), parameters | {"after": after_record}
+            ).fetchall()
+        return Part(table, retried=tuple(record_id for (record_id,) in rows)) if rows else None
+
     def read_rows(self, part: Part, first_number: int) -> None:
         """Read the current rows of a part's records into `part.rows`, numbered from `first_number`, in key order."""
         statement = _rows(self._relations[part.table], self._schema, of_events=not part.retried)

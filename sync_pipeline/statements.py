@@ -456,6 +456,33 @@ class TableStatements:
         """Take some records out of the batch."""
         return sql.SQL("delete from {} where n = any (%(numbers)s::bigint[])").format(self.stage)
 
+    @property
+    def unstage_repeated(self) -> sql.Composed:
+        """Take records with numbers from `first` on out of the batch that it has already."""
+        return sql.SQL(
+            "delete from {stage} as s using {stage} as b where s.n >= %(first)s and b.n < %(first)s and {same_key}"
+        ).format(
+            stage=self.stage,
+            same_key=sql.SQL(" and ").join(
+                sql.SQL(f"s.c{index} = b.c{index}") for index in range(len(self.relation.key))
+            ),
+        )
+
+    def unstage_dirty(self, schema: str) -> sql.Composed:
+        """Take records with numbers from `first` on out of the batch that have events or a failure on the target."""
+        return sql.SQL(
+            "delete from {stage} as s using ("
+            "select record_id from {events} where table_name = {table} "
+            "union all select record_id from {failures} where table_name = {table}"
+            ") as waiting where s.n >= %(first)s and waiting.record_id = {record_id}"
+        ).format(
+            stage=self.stage,
+            events=sql.Identifier(schema, "sync_events"),
+            failures=sql.Identifier(schema, "sync_failures"),
+            table=self.relation.table,
+            record_id=self.record_id(),
+        )
+
     def as_row(self, alias: str) -> sql.Composed:
         """The fields of `t` (the user's row) or `s` (the staged row), as one jsonb object by field name."""
         fields = sql.SQL(", ").join(

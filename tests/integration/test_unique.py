@@ -1,7 +1,11 @@
 """Records that exchange unique values converge; a real collision is seen, and no row goes to make room."""
 
+import time
+
 import pytest
 
+from sync_pipeline import companions
+from sync_pipeline.companions import Companions
 from tests.engine import sync_pair, totals
 from tests.helpers import Node, Pair
 from tests.shapes import converge, failures, link, texts
@@ -353,6 +357,63 @@ def test_a_parked_parent_that_has_to_stay_keeps_its_value(pair: Pair) -> None:
     assert pair.billing.value("select email from people where id = 1") == "a"
     (failure,) = failures(pair.crm)
     assert failure[:3] == ("people", "2", "23505")
+
+
+@pytest.fixture
+def levels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How far was reached for each level of partners, in tests that can afford only short chains."""
+    monkeypatch.setattr(companions, "FIRST_REACH", 20)
+    reached: list[int] = []
+    bring = Companions._bring_level_of_partners
+
+    def noted(self: Companions, reach: int) -> bool:
+        reached.append(reach)
+        return bring(self, reach)
+
+    monkeypatch.setattr(Companions, "_bring_level_of_partners", noted)
+    return reached
+
+
+PLACES = """
+create table t (id int primary key, place int not null unique, note text);
+insert into t select n, n from generate_series(1, 300) as n;
+"""
+# Each takes the place that the next one had; by way of free places.
+SHIFT = "update t set place = -place; update t set place = 1 - place"
+
+
+@pytest.mark.core
+def test_a_shift_over_many_batches_is_not_followed_record_by_record(
+    pair: Pair, levels: list[int]
+) -> None:
+    link(pair, PLACES, "t", batch_size=10)
+    pair.crm.execute(SHIFT)
+    # Events of records that the first batch has already are among those that it reaches for.
+    pair.crm.execute("update t set note = 'again' where id % 7 = 1")
+    converge(pair, "t")
+    assert texts(pair.billing, "t")[0] == "(1,2,again)"
+    assert len(levels) < 2 * companions.PATIENT_LEVELS
+    assert len(pair.billing.rows("select from sync.sync_conflicts")) == 0
+
+
+def test_a_record_of_the_targets_own_work_is_not_reached_for(pair: Pair, levels: list[int]) -> None:
+    """So the others wait for it: their chain is whole only when its conflict is settled."""
+    ruled_by_crm = {"name": "t", "conflict": "crm"}
+    link(pair, PLACES, ruled_by_crm, batch_size=10, retry={"base_seconds": 0.01})
+    pair.crm.execute(SHIFT)
+    pair.billing.execute("update t set note = 'billing' where id = 250")
+    for _ in range(20):
+        sync_pair(pair)
+        time.sleep(0.02)
+    assert texts(pair.billing, "t") == texts(pair.crm, "t")
+    assert failures(pair.crm) == failures(pair.billing) == []
+    logged = [
+        row
+        for n in pair.nodes
+        for row in n.rows("select record_id, winner from sync.sync_conflicts")
+    ]
+    assert logged == [("250", "crm")]
+    assert max(levels) < 2**companions.PATIENT_LEVELS * companions.FIRST_REACH
 
 
 @pytest.mark.parametrize("batch_size", [2, 1000])
