@@ -527,7 +527,7 @@ where failure.table_name = event.table_name
 -- Records that failed before and have now been applied: those of a batch's events, and those retried.
 delete from {schema}.sync_failures as failure
 where failure.table_name = %(table_name)s
-    and failure.record_id <> all (%(still_failing)s::text[])
+    and failure.record_id not in (select unnest(%(still_failing)s::text[]))
     and (
         failure.record_id = any (%(retried)s::text[])
         or failure.record_id in (
@@ -554,6 +554,14 @@ moved as (
         and event.table_name = %(table_name)s
         and event.record_id = any (%(record_ids)s::text[])
     returning event.record_id, event.event_type, event.created_at
+),
+changes as (
+    select
+        record_id,
+        case when bool_or(event_type = 'insert') then 'insert' else max(event_type) end as event_type,
+        max(created_at) as changed_at
+    from moved
+    group by record_id
 )
 insert into {schema}.sync_failures as failure
     (table_name, record_id, state, attempts, next_attempt_at, error_class, error, event_type, changed_at)
@@ -568,11 +576,12 @@ select
     end,
     failing.error_class,
     failing.error,
-    coalesce((select case when bool_or(moved.event_type = 'insert') then 'insert' else max(moved.event_type) end
-        from moved where moved.record_id = failing.record_id), 'update'),
-    coalesce((select max(moved.created_at) from moved where moved.record_id = failing.record_id),
-        pg_catalog.clock_timestamp())
+    coalesce(changes.event_type, 'update'),
+    coalesce(changes.changed_at, before.changed_at, pg_catalog.clock_timestamp())
 from failing
+left join changes on changes.record_id = failing.record_id
+left join {schema}.sync_failures as before
+    on before.table_name = %(table_name)s and before.record_id = failing.record_id
 on conflict (table_name, record_id) do update
 set attempts = failure.attempts + case when excluded.state = 'held' then 0 else 1 end,
     state = case
@@ -587,8 +596,7 @@ set attempts = failure.attempts + case when excluded.state = 'held' then 0 else 
     end,
     error_class = excluded.error_class,
     error = excluded.error,
-    changed_at = greatest(failure.changed_at, (select max(moved.created_at) from moved
-        where moved.record_id = excluded.record_id)),
+    changed_at = greatest(failure.changed_at, excluded.changed_at),
     last_failed_at = pg_catalog.clock_timestamp()
 
 -- name: subtract_ids

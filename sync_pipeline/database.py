@@ -1,7 +1,7 @@
 """Connections to the two nodes, and what an error of PostgreSQL means for the caller."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, LiteralString, Self, cast
 
@@ -64,8 +64,15 @@ _CATALOG_CLASSES = {"0A", "0L", "0P", "26", "28", "2B", "34", "3D", "3F", "42", 
 _RAISED = "exec_stmt_raise"  # The function of PostgreSQL behind RAISE in PL/pgSQL: the text is the application's.
 
 
+# PostgreSQL looks up values of a list in a hash table from this length on.
+_LONG = 9
+
+
 class _Cursor(psycopg.Cursor[Row]):
-    """Takes `%` in the names and literals of a composed statement as it is, though there are parameters."""
+    """Takes `%` in the names and literals of a composed statement as it is, though there are parameters.
+
+    And lets PostgreSQL plan a statement for the values of a long list.
+    """
 
     def execute(
         self,
@@ -77,7 +84,14 @@ class _Cursor(psycopg.Cursor[Row]):
     ) -> Self:
         if params is not None and isinstance(query, sql.Composed):
             query = compiled(query)
+        if prepare is None and isinstance(params, Mapping) and any(map(_is_long, params.values())):
+            # Planned for these values. A prepared plan would compare every row with one after the other.
+            prepare = False
         return super().execute(query, params, prepare=prepare, binary=binary)
+
+
+def _is_long(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) >= _LONG
 
 
 def compiled(statement: sql.Composed) -> LiteralString:

@@ -2,7 +2,8 @@
 
 When a statement fails, PostgreSQL names one row. Which others it would refuse is guessed for all at once, from the
 constraints of the table; the suspects are tried one by one, on the server, and the rest together. Where a guess misses
-a record, halving the rest finds it. A guess decides nothing: a suspect that is accepted is applied like any other.
+a record, halving the rest finds it; where it misses many, the rest is tried one by one as well. A guess decides
+nothing: a suspect that is accepted is applied like any other.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from sync_pipeline.statements import TableStatements
 NOT_NULL_VIOLATION = "23502"
 FOREIGN_KEY_VIOLATION = "23503"
 CHECK_VIOLATION = "23514"
+# Enough to find two or three records among ten thousand.
+MAX_ATTEMPTS = 80
 
 
 def isolate(
@@ -57,36 +60,48 @@ def _apply(applier: Applier, schema: str, step: Step, counts: dict[str, Counts])
             break
         suspects += found
         applier.connection.execute(applier.statements(*step.tables).sit_out, {"numbers": found})
-    refused = [] if error is None else _halve(applier, step, counts, span, error)
+    refused = [] if error is None else _search(applier, schema, step, counts, span, error)
     if suspects:
         applier.connection.execute(applier.statements(*step.tables).sit_in, {"numbers": suspects})
         refused += _one_by_one(applier, schema, step, suspects, counts)
     return refused
 
 
-def _bisect(
-    applier: Applier, step: Step, counts: dict[str, Counts], span: tuple[int, int]
-) -> list[Refusal]:
-    error = _attempt(applier, step, counts, span)
-    return [] if error is None else _halve(applier, step, counts, span, error)
-
-
-def _halve(
+def _search(
     applier: Applier,
+    schema: str,
     step: Step,
     counts: dict[str, Counts],
     span: tuple[int, int],
     error: psycopg.Error,
 ) -> list[Refusal]:
-    first, last = span
-    if first == last:
-        table = applier.table_of(step, first)
-        return [Refusal(table, first, error.sqlstate or "", describe(error))] if table else []
-    middle = (first + last) // 2
-    return [
-        *_bisect(applier, step, counts, (first, middle)),
-        *_bisect(applier, step, counts, (middle + 1, last)),
-    ]
+    """Find the refused records of a span by halving it; where these are many, try what is left one by one."""
+    refused: list[Refusal] = []
+    failing = [(span, error)]
+    attempts = 0
+    while failing:
+        (first, last), error = failing.pop()
+        if first == last:
+            refused += _refusal(applier, step, first, error)
+        elif attempts >= MAX_ATTEMPTS and len(step.tables) == 1:
+            refused += _one_by_one(applier, schema, step, list(range(first, last + 1)), counts)
+        else:
+            middle = (first + last) // 2
+            for half in ((first, middle), (middle + 1, last)):
+                attempts += 1
+                if (found := _attempt(applier, step, counts, half)) is not None:
+                    failing.append((half, found))
+    return refused
+
+
+def _alone(applier: Applier, step: Step, counts: dict[str, Counts], number: int) -> list[Refusal]:
+    error = _attempt(applier, step, counts, (number, number))
+    return [] if error is None else _refusal(applier, step, number, error)
+
+
+def _refusal(applier: Applier, step: Step, number: int, error: psycopg.Error) -> list[Refusal]:
+    table = applier.table_of(step, number)
+    return [Refusal(table, number, error.sqlstate or "", describe(error))] if table else []
 
 
 def _attempt(
@@ -113,7 +128,7 @@ def _one_by_one(
 ) -> list[Refusal]:
     """Apply some records each on its own, in one round trip where it is one table; return those that are refused."""
     if len(step.tables) > 1:
-        return [r for n in numbers for r in _bisect(applier, step, counts, (n, n))]
+        return [r for n in numbers for r in _alone(applier, step, counts, n)]
     if not numbers:
         return []
     [table] = step.tables
@@ -121,6 +136,7 @@ def _one_by_one(
     connection = applier.connection
     connection.execute(single.create_stage)
     connection.execute(single.fill_from(applier.statements(table)), {"numbers": numbers})
+    connection.execute(sql.SQL("create index on {} (n)").format(single.stage))
     parts, count = single.upsert(0, "known") if step.phase == "upsert" else single.delete(0)
     statement = sql.SQL("with {} select {}").format(sql.SQL(", ").join(parts), count)
     parameters = {
@@ -136,7 +152,7 @@ def _one_by_one(
             raise
         # A trigger of the application raised a class that PostgreSQL knows for something else, or does not know.
         connection.execute(single.drop_stage)
-        return [r for n in numbers for r in _bisect(applier, step, counts, (n, n))]
+        return [r for n in numbers for r in _alone(applier, step, counts, n)]
     connection.execute(single.drop_stage)
     entry = counts.setdefault(table, Counts())
     refused = []

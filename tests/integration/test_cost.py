@@ -7,11 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import pytest
 from psycopg import pq
 
-from sync_pipeline import passes, waiting
+from sync_pipeline import isolation, passes, queries, waiting
+from sync_pipeline.database import query, scalar
 from sync_pipeline.link import WORTHWHILE_ROWS, Link, lead
 from sync_pipeline.waiting import Waiting
 from tests.crashing import Point
@@ -395,6 +398,70 @@ def _tuples_read(pair: Pair, link: Link) -> int:
             )
         )
     return tuples
+
+
+def test_refusals_that_no_constraint_explains_take_a_bounded_number_of_attempts(
+    pair: Pair, link: Link
+) -> None:
+    pair.billing.execute(
+        "create function refuse() returns trigger language plpgsql as"
+        " $$ begin raise exception 'refused'; end $$;"
+        " create trigger refuse before update on accounts for each row when (new.id % 3 = 0)"
+        " execute function refuse()"
+    )
+    rename(pair.crm, MANY, "refused")
+    with mock.patch.object(isolation, "_attempt", wraps=isolation._attempt) as attempt:
+        passes.run(link)
+    assert attempt.call_count <= isolation.MAX_ATTEMPTS + 2
+    assert len(pair.crm.rows("sync.sync_failures")) == MANY // 3
+    changed = "select count(*) from accounts where name = 'refused'"
+    assert pair.billing.value(changed) == MANY - MANY // 3
+
+
+def test_failures_are_noted_and_cleared_in_proportion_to_their_number(
+    pair: Pair, link: Link
+) -> None:
+    writer = link.sides["crm"].writer
+    replay(pair.crm, MANY)
+    records = [str(number) for number in range(1, MANY + 1)]
+    first, last = pair.crm.rows("select min(id), max(id) from sync.sync_events")[0]
+    noted = {
+        "table_name": "accounts",
+        "ids": f"{{[{first},{last + 1})}}",
+        "record_ids": records,
+        "error_classes": ["23514"] * MANY,
+        "errors": ["refused"] * MANY,
+        "held": [False] * MANY,
+        "max_attempts": 10,
+        "base_seconds": 1,
+        "max_seconds": 10,
+    }
+    cleared = {"table_name": "accounts", "ids": "{}", "retried": records, "still_failing": records}
+    for name, parameters in (("record_failures", noted), ("clear_failures", cleared)):
+        statement = query(b"explain (analyze, format json) " + queries.get(name, "sync"))
+        [plan] = scalar(writer, statement, parameters)
+        assert _rows_handled(plan["Plan"]) < 20 * MANY, name
+
+
+@pytest.mark.parametrize(("length", "prepared"), [(1, 1), (FEW, 0)])
+def test_a_statement_with_a_long_list_is_planned_for_it(
+    link: Link, length: int, prepared: int
+) -> None:
+    writer = link.sides["crm"].writer
+    statement = query(queries.get("delete_failures", "sync"))
+    for _ in range(20):
+        writer.execute(statement, {"table_name": "accounts", "record_ids": ["1"] * length})
+    found = b"select count(*) from pg_prepared_statements where statement ~ 'delete from .*sync_failures'"
+    assert scalar(writer, query(found)) == prepared
+
+
+def _rows_handled(plan: dict[str, Any]) -> int:
+    """How many rows the nodes of a plan have returned or dropped."""
+    own = sum(
+        plan.get(name, 0)
+        for name in ("Actual Rows", "Rows Removed by Filter", "Rows Removed by Join Filter")
+    )
+    return int(own * plan["Actual Loops"]) + sum(map(_rows_handled, plan.get("Plans", [])))
 
 
 def test_idle_looks_write_nothing(pair: Pair, link: Link) -> None:
