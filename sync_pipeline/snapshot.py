@@ -380,7 +380,10 @@ def opened(
 
 @lru_cache(maxsize=1024)
 def _rows(relation: Relation, schema: str, *, of_events: bool) -> LiteralString:
-    """Compose the COPY of the current rows of records: those of a table's events, or given ones."""
+    """Compose the COPY of the current rows of records: those of a table's events, or given ones.
+
+    Each is looked up by its key: a planner that knows how many events there are would rather read the whole table.
+    """
     key_columns = [relation.columns[name] for name in relation.key]
     keys = [sql.Identifier(f"key {index}") for index in range(len(key_columns))]
     casts = key_values(relation, sql.SQL("record_id"))
@@ -394,7 +397,7 @@ def _rows(relation: Relation, schema: str, *, of_events: bool) -> LiteralString:
             """copy (
     select %(first)s + row_number() over (order by {keys}) - 1, t.tableoid is not null, {columns}
     from (select distinct {casts} from {changed}) as changed
-    left join {relation} as t on {same_key}
+    left join lateral (select t.tableoid, t.* from {relation} as t where {same_key} offset 0) as t on true
     where t.tableoid is null or ({condition})
 ) to stdout"""
         ).format(

@@ -455,6 +455,20 @@ def test_a_statement_with_a_long_list_is_planned_for_it(
     assert scalar(writer, query(found)) == prepared
 
 
+def test_rows_are_looked_up_though_the_planner_knows_how_many_events_there_are(
+    pair: Pair, link: Link
+) -> None:
+    rename(pair.crm, BATCH, "looked up")
+    pair.crm.execute("analyze accounts; analyze sync.sync_events")
+    scans = "select seq_scan from pg_stat_user_tables where relid = 'accounts'::regclass"
+    written(pair.crm, link, "accounts")
+    before = pair.crm.value(scans)
+    passes.run(link)
+    written(pair.crm, link, "accounts")
+    assert pair.crm.value(scans) == before
+    assert equal(pair, ("accounts",))
+
+
 def _rows_handled(plan: dict[str, Any]) -> int:
     """How many rows the nodes of a plan have returned or dropped."""
     own = sum(
