@@ -20,8 +20,9 @@ from sync_pipeline.capture import has_one_text, key_values
 from sync_pipeline.database import Connection, query, scalar
 from sync_pipeline.statements import TableStatements
 
-# Fewer events are read faster than they are copied.
+# Fewer events are read faster than they are copied; more at once could take longer than a statement may.
 WORTHWHILE_EVENTS = 50_000
+MOST_EVENTS = 1_000_000
 _COPY = sql.Identifier("pg_temp", "waiting_events")
 
 
@@ -103,10 +104,12 @@ class Waiting:
             self._next = greatest, running
         up_to, writers = self._next
         if writers.isdisjoint(running):
-            if up_to - self._bound >= WORTHWHILE_EVENTS:
-                self._copy(up_to)
-                self._seen = max(self._seen, up_to)
-            self._next = None
+            missing = up_to - self._bound
+            if missing >= WORTHWHILE_EVENTS:
+                self._copy(min(up_to, self._bound + MOST_EVENTS))
+                self._seen = max(self._seen, self._bound)
+            if missing <= MOST_EVENTS:
+                self._next = None
 
     def _copy(self, up_to: int) -> None:
         copied = sql.SQL(

@@ -95,6 +95,18 @@ def test_conflicts_are_found_in_the_copy(pair: Pair) -> None:
     assert conflicts(pair) == [(str(number), "billing") for number in SHARED]
 
 
+def test_a_copy_is_made_in_several_parts(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "MOST_EVENTS", 2)
+    monkeypatch.setattr(waiting, "WORTHWHILE_EVENTS", 1)
+    rename(pair.crm, 1, 2, 3, 4, *SHARED)
+    rename(pair.billing, *SHARED, 9, 10, 11, 12)
+    with copies() as found:
+        sync_pair(pair)
+    assert len(set(found)) > 2
+    assert equal(pair)
+    assert conflicts(pair) == [(str(number), "billing") for number in SHARED]
+
+
 def test_a_change_after_the_copy_is_found(pair: Pair) -> None:
     rename(pair.billing, 12)
     rename(pair.crm, 1, 2, 3, 4)
