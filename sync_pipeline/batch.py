@@ -372,7 +372,7 @@ class Batch:
             # The target deleted a parent that the source has given new children: it comes back.
             Decision(d.dirty, "parent_deleted", self.source)
             if d.dirty.number > self._last_number
-            and d.dirty.number not in self._companions.partner_numbers
+            and d.dirty.number not in self._companions.further_numbers
             and not d.equal
             else d
             for d in decisions

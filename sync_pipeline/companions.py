@@ -3,10 +3,12 @@
 Parents that the target lacks; partners that hold a unique value which a record of the batch takes; children that are
 gone, too, of parents that are deleted. Each may need further ones.
 
-When all positions of a list move up by one, each record needs the next. Such a chain is not followed record by record
-to its end: after a few, more and more of what the source has to send comes along as well.
+When all positions of a list move up by one, each record needs the next; a version that refers to the one before needs
+that. Such a chain is not followed record by record to its end: after a few, more and more of what the source has to
+send comes along as well.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
@@ -32,7 +34,8 @@ class Companions:
     last_number: int
     last_id: int
     stack: ExitStack
-    partner_numbers: set[int] = field(default_factory=set, init=False)
+    # Of partners, and of all that was reached for: if one of them is in a conflict, its table's policy decides.
+    further_numbers: set[int] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self._next_number = self.last_number + 1
@@ -41,27 +44,17 @@ class Companions:
 
     def bring_parents(self) -> bool:
         """Stage parents that staged rows refer to and the target lacks; true if any came."""
-        came = False
-        while self._bring_level_of_parents():
-            came = True
-        return came
+        return _bring(self._bring_level_of_parents)
 
     def bring_partners(self) -> bool:
         """Stage clean records in the way of a unique value that are about to change as well; true if any came."""
-        for level in count():
-            reach = FIRST_REACH << min(level - PATIENT_LEVELS, 20) if level >= PATIENT_LEVELS else 0
-            if not self._bring_level_of_partners(reach):
-                return level > 0
-        raise AssertionError("there is no last number")
+        return _bring(self._bring_level_of_partners)
 
     def bring_children(self) -> bool:
         """Stage clean children of records to be deleted that have changed on the source as well; true if any came."""
-        came = False
-        while self._bring_level_of_children():
-            came = True
-        return came
+        return _bring(self._bring_level_of_children)
 
-    def _bring_level_of_parents(self) -> bool:
+    def _bring_level_of_parents(self, reach: int) -> bool:
         applier = self.applier
         for table in list(applier.staged):
             statements = applier.statements(table)
@@ -76,6 +69,7 @@ class Companions:
                 if values and self._stage(
                     self.snapshot.rows_of(key.parent, key.parent_fields, values, self._next_number)
                 ):
+                    self._stage_further(key.parent, reach)
                     return True
         return False
 
@@ -86,12 +80,11 @@ class Companions:
             ids = parking.outsiders(self.applier, table, self.schema)
             if self._stage_changed(table, ids):
                 came = True
-                if reach:
-                    self._stage_further(table, reach)
-        self.partner_numbers.update(range(first, self._next_number))
+                self._stage_further(table, reach)
+        self.further_numbers.update(range(first, self._next_number))
         return came
 
-    def _bring_level_of_children(self) -> bool:
+    def _bring_level_of_children(self, reach: int) -> bool:
         applier = self.applier
         came = False
         for child in applier.catalog.tables:
@@ -106,7 +99,9 @@ class Companions:
                         child_is_staged=child in applier.staged,
                     )
                 )
-                came = self._stage_changed(child, [record_id for (record_id,) in rows]) or came
+                if self._stage_changed(child, [record_id for (record_id,) in rows]):
+                    came = True
+                    self._stage_further(child, reach)
         return came
 
     def _stage_changed(self, table: str, record_ids: list[str]) -> bool:
@@ -122,6 +117,8 @@ class Companions:
 
     def _stage_further(self, table: str, reach: int) -> None:
         """Stage more of what the source has to send of a table, but for what is staged already or dirty."""
+        if not reach:
+            return
         last_id, last_record = self._reached.get(table, (self.last_id, ""))
         part = self.snapshot.further(table, last_id, last_record, reach)
         if part is None:
@@ -134,6 +131,7 @@ class Companions:
         first = self._next_number
         self.snapshot.read_rows(part, first)
         if self._stage(part):
+            self.further_numbers.update(range(first, self._next_number))
             statements = self.applier.statements(table)
             for statement in (statements.unstage_repeated, statements.unstage_dirty(self.schema)):
                 self.applier.connection.execute(statement, {"first": first})
@@ -145,3 +143,12 @@ class Companions:
         self.applier.stage(part)
         self._next_number = part.last_number + 1
         return True
+
+
+def _bring(level: Callable[[int], bool]) -> bool:
+    """Bring level after level until nothing comes, and reach further and further; true if anything came."""
+    for number in count():
+        reach = FIRST_REACH << min(number - PATIENT_LEVELS, 20) if number >= PATIENT_LEVELS else 0
+        if not level(reach):
+            return number > 0
+    raise AssertionError("there is no last number")

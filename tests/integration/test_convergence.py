@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from sync_pipeline import stream, waiting
+from sync_pipeline import companions, stream, waiting
 from sync_pipeline.errors import LockTaken, PassInterrupted
 from tests import disputes
 from tests.clients import TRACED, UNIQUE, Client, Effects, assert_nothing_is_lost
@@ -638,8 +638,10 @@ def test_no_write_is_lost_and_none_comes_back_unsaid(
     pair: Pair, batch_size: int, examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if batch_size < 10_000:
-        # And let each batch be checked against a copy of what waits on its target.
+        # And let each be checked against a copy of what waits on its target, and reach for more than it needs.
         monkeypatch.setattr(waiting, "WORTHWHILE_EVENTS", 0)
+        monkeypatch.setattr(companions, "PATIENT_LEVELS", 0)
+        monkeypatch.setattr(companions, "FIRST_REACH", 2)
     for node in pair.nodes:
         node.execute(TRACED)
     write_config(

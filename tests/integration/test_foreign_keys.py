@@ -4,6 +4,9 @@ import random
 
 import pytest
 
+from sync_pipeline import companions
+from sync_pipeline.companions import Companions
+from sync_pipeline.snapshot import Part
 from tests.engine import sync_pair, totals
 from tests.helpers import Pair
 from tests.shapes import converge, failures, link, texts
@@ -442,3 +445,41 @@ def test_random_work_on_a_tree_below_a_cycle_converges(pair: Pair) -> None:
             node.execute(statement(turn * 100 + step))
         converge(pair, "teams", "people", "notes")
     assert texts(pair.crm, "people") != []
+
+
+def test_a_long_chain_of_references_is_not_followed_record_by_record(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each version refers to the one before. The newest is inserted first, the oldest deleted first."""
+    monkeypatch.setattr(companions, "FIRST_REACH", 20)
+    levels = 0
+    stage = Companions._stage
+
+    def noted(self: Companions, part: Part) -> bool:
+        nonlocal levels
+        levels += 1
+        return stage(self, part)
+
+    monkeypatch.setattr(Companions, "_stage", noted)
+    link(
+        pair,
+        "create table versions (id int primary key,"
+        " previous int references versions deferrable initially deferred)",
+        "versions",
+        batch_size=10,
+    )
+    pair.crm.execute(
+        "insert into versions select n, nullif(n - 1, 0) from generate_series(300, 1, -1) as n"
+    )
+    converge(pair, "versions")
+    assert len(texts(pair.billing, "versions")) == 300
+    assert 0 < levels < 3 * companions.PATIENT_LEVELS
+    levels = 0
+    with pair.crm.connect(autocommit=False) as session:
+        session.execute("set constraints all deferred")
+        session.execute(
+            "do $$ begin for n in 1..300 loop delete from versions where id = n; end loop; end $$"
+        )
+    converge(pair, "versions")
+    assert texts(pair.billing, "versions") == []
+    assert 0 < levels < 3 * companions.PATIENT_LEVELS
