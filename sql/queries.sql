@@ -524,20 +524,30 @@ where failure.table_name = event.table_name
     and event.created_at <= %(read_at)s::timestamptz
 
 -- name: clear_failures
--- Records that failed before and have now been applied: those of a batch's events, and those retried.
+-- Records that failed before and have now been applied: those of a batch's events, and those retried. Each is looked up,
+-- so that failures which lie around cost nothing.
+with applied as (
+    select unnest(%(retried)s::text[]) as record_id
+    union
+    select event.record_id
+    from unnest(%(ids)s::int8multirange) as read_ids
+    join {schema}.sync_events as event
+        on event.id >= lower(read_ids) and event.id < upper(read_ids)
+    where event.table_name = %(table_name)s
+)
 delete from {schema}.sync_failures as failure
 where failure.table_name = %(table_name)s
+    and failure.record_id = any (array(
+        select found.record_id
+        from applied
+        cross join lateral (
+            select record_id
+            from {schema}.sync_failures
+            where table_name = %(table_name)s and record_id = applied.record_id
+            offset 0
+        ) as found
+    ))
     and failure.record_id not in (select unnest(%(still_failing)s::text[]))
-    and (
-        failure.record_id = any (%(retried)s::text[])
-        or failure.record_id in (
-            select event.record_id
-            from unnest(%(ids)s::int8multirange) as read_ids
-            join {schema}.sync_events as event
-                on event.id >= lower(read_ids) and event.id < upper(read_ids)
-            where event.table_name = %(table_name)s
-        )
-    )
 
 -- name: record_failures
 -- Move failing records from the events to the failures; the wait doubles from attempt to attempt, with jitter.
@@ -665,8 +675,8 @@ set last_pass_at = pg_catalog.clock_timestamp()
 returning pg_catalog.pg_current_xact_id()::text::bigint
 
 -- name: has_pending
--- True when this node itself has marked anything above an id, or has a failure: then its records may be dirty.
-select {schema}.has_events(%(bound)s) or exists (select from {schema}.sync_failures)
+-- Whether this node itself has marked anything above an id, and whether it has failures: then records may be dirty.
+select {schema}.has_events(%(bound)s) as events, exists (select from {schema}.sync_failures) as failures
 
 -- name: read_greatest_event
 -- The greatest id of an event that waits here.

@@ -59,33 +59,31 @@ class Waiting:
     def find(self, applier: Applier) -> list[Dirty]:
         """Return the staged records that are dirty, before the batch has written anything."""
         self._seen = self._bound
-        has_later = self._has_later(self._bound)
-        if has_later:
+        pending = self._pending(self._bound)
+        if pending.events:
             self._look()
-        if not has_later and not self._is_copied:
-            return []
-        return self._dirty(applier, self._bound, after=-1)
+        return self._dirty(applier, pending, self._bound, after=-1)
 
     def find_again(self, applier: Applier, last_number: int) -> list[Dirty]:
         """Return the staged records that have become dirty since `find`; of those that came since, by number, all."""
-        if any(
+        came = any(
             part.last_number > last_number for parts in applier.staged.values() for part in parts
-        ):
-            bound = self._bound
-            may_be_dirty = self._is_copied or self._has_later(bound)
-        else:
-            bound = self._seen
-            may_be_dirty = self._has_later(bound)
-        return self._dirty(applier, bound, after=last_number) if may_be_dirty else []
+        )
+        bound = self._bound if came else self._seen
+        return self._dirty(applier, self._pending(bound), bound, after=last_number)
 
     def close(self) -> None:
         """Free the copy."""
         if self._is_copied:
             self.connection.execute(sql.SQL("drop table if exists {}").format(_COPY))
 
-    def _has_later(self, bound: int) -> bool:
-        statement = query(queries.get("has_pending", self.schema))
-        return bool(scalar(self.connection, statement, {"bound": bound}))
+    def _pending(self, bound: int) -> "_Pending":
+        with self.connection.cursor(row_factory=class_row(_Pending)) as cursor:
+            statement = query(queries.get("has_pending", self.schema))
+            found = cursor.execute(statement, {"bound": bound}).fetchone()
+        if found is None:
+            raise AssertionError("a query without a table returned no row")
+        return found
 
     def _look(self) -> None:
         """Find out what is there for good; let the copy grow where that is worth it."""
@@ -127,73 +125,83 @@ class Waiting:
         self.connection.execute(statement.format(copy=_COPY, copied=copied))
         self._bound = up_to
 
-    def _dirty(self, applier: Applier, bound: int, after: int) -> list[Dirty]:
+    def _dirty(self, applier: Applier, pending: "_Pending", bound: int, after: int) -> list[Dirty]:
         dirty: list[Dirty] = []
         for table in applier.staged:
             statements = applier.statements(table)
             # Two texts can be one key: then values are compared, which the copy does not have.
             is_copied = self._is_copied and has_one_text(statements.relation)
             since = bound if is_copied or bound > self._bound else self.floor
-            statement = _dirty(statements, self.schema, is_copied=is_copied)
-            parameters = {"bound": since, "after": after}
+            has_events = pending.events or (self._is_copied and not is_copied)
+            if not (has_events or pending.failures or is_copied):
+                continue
+            statement = _dirty(
+                statements,
+                self.schema,
+                events=has_events,
+                failures=pending.failures,
+                copied=is_copied,
+            )
             with self.connection.cursor(row_factory=class_row(Dirty)) as cursor:
-                dirty += cursor.execute(statement, parameters).fetchall()
+                dirty += cursor.execute(statement, {"bound": since, "after": after}).fetchall()
         return dirty
 
 
-def _dirty(statements: TableStatements, schema: str, *, is_copied: bool) -> sql.Composed:
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """Whether the target has events above an id, and whether it has failures."""
+
+    events: bool
+    failures: bool
+
+
+def _dirty(
+    statements: TableStatements, schema: str, *, events: bool, failures: bool, copied: bool
+) -> sql.Composed:
+    """Compose the search for staged records that later `events`, `failures` or the copied events are about."""
     relation = statements.relation
-    keys = [sql.Identifier(f"key {index}") for index in range(len(relation.key))]
-    if has_one_text(relation):
-        key_columns: sql.Composable = sql.SQL("")
-        same_record: sql.Composable = sql.SQL("later.record_id = staged.record_id")
-    else:
-        # Whatever is no key is nobody's.
-        key_columns = sql.SQL("").join(
-            sql.SQL(", case when {} then {} end as {}").format(
-                statements.is_key(sql.SQL("waiting.record_id"), schema), value, key
-            )
-            for value, key in zip(
-                key_values(relation, sql.SQL("waiting.record_id")), keys, strict=True
-            )
+    parameters = {
+        "copy": _COPY,
+        "events": sql.Identifier(schema, "sync_events"),
+        "events_after": sql.Identifier(schema, "events_after"),
+        "failures": sql.Identifier(schema, "sync_failures"),
+        "table": sql.Literal(relation.table),
+    }
+    found = []
+    if events:
+        # What our own rows made triggers do is news for the source, not a change that it did not know.
+        later = sql.SQL(
+            "select record_id, changed_at, event_type, event_id from {events_after}(%(bound)s, {table}) "
+            "where caused_by is distinct from pg_catalog.pg_current_xact_id()"
         )
-        same_record = sql.SQL(" and ").join(
-            sql.SQL("later.{0} = staged.{0}").format(key) for key in keys
+        found.append(_matched(statements, schema, later.format(**parameters)))
+    if failures and has_one_text(relation):
+        found.append(
+            sql.SQL(
+                "select staged.n, staged.record_id, failed.*, null::bigint, staged.record_id from staged "
+                "cross join lateral (select changed_at, event_type from {failures} "
+                "where table_name = {table} and record_id = staged.record_id offset 0) as failed"
+            ).format(**parameters)
         )
-    copied: sql.Composable = sql.SQL("")
-    if is_copied:
-        # The planner knows nothing of a temporary table: what it must not turn into a join is written as it is meant.
-        copied = sql.SQL(
-            """
-    union all
-    select staged.n, staged.record_id, copied.*, null
-    from staged
-    cross join lateral (
-        select changed_at, event_type, event_id
-        from {copy}
-        where record_id = staged.record_id collate "C" and table_name = {table}
-        offset 0
-    ) as copied
-    where staged.n > %(after)s and (select true from {events} where id = copied.event_id)"""
-        ).format(copy=_COPY, table=relation.table, events=sql.Identifier(schema, "sync_events"))
+    elif failures:
+        failed = sql.SQL(
+            "select record_id, changed_at, event_type, null::bigint as event_id "
+            "from {failures} where table_name = {table}"
+        )
+        found.append(_matched(statements, schema, failed.format(**parameters)))
+    if copied:
+        found.append(
+            sql.SQL(
+                "select staged.n, staged.record_id, copied.*, null from staged "
+                "cross join lateral (select changed_at, event_type, event_id from {copy} "
+                'where record_id = staged.record_id collate "C" and table_name = {table} offset 0) as copied '
+                "where staged.n > %(after)s and (select true from {events} where id = copied.event_id)"
+            ).format(**parameters)
+        )
     return sql.SQL(
         """
-with staged as materialized (select s.n, {record_id} as record_id, {staged_keys} from {stage} as s),
-waiting as (
-    select record_id, changed_at, event_type, event_id
-    from {later_events}
-    -- What our own rows made triggers do is news for the source, not a change that it did not know.
-    where caused_by is distinct from pg_catalog.pg_current_xact_id()
-    union all
-    select record_id, changed_at, event_type, null
-    from {failures}
-    where table_name = {table}
-),
-found as (
-    select staged.n, staged.record_id, later.changed_at, later.event_type, later.event_id, later.record_id as spelled
-    from staged
-    join (select waiting.*{key_columns} from waiting) as later on {same_record}{copied}
-)
+with staged as materialized (select s.n, {record_id} as record_id, {keys} from {stage} as s),
+found (n, record_id, changed_at, event_type, event_id, failed_as) as ({found})
 select
     {table} as "table",
     n as number,
@@ -201,23 +209,45 @@ select
     max(changed_at) as changed_at,
     bool_or(event_type = 'insert') as inserted,
     coalesce(array_agg(event_id) filter (where event_id is not null), '{{}}') as event_ids,
-    coalesce(array_agg(spelled) filter (where event_id is null), '{{}}') as failed_as
+    coalesce(array_agg(failed_as) filter (where event_id is null), '{{}}') as failed_as
 from found
 group by n, record_id
 order by n"""
     ).format(
-        later_events=sql.SQL("{}(%(bound)s, {})").format(
-            sql.Identifier(schema, "events_after"), relation.table
-        ),
-        failures=sql.Identifier(schema, "sync_failures"),
-        table=relation.table,
-        key_columns=key_columns,
         record_id=statements.record_id(),
-        staged_keys=sql.SQL(", ").join(
+        keys=sql.SQL(", ").join(
             sql.SQL("{} as {}").format(statements.staged(field_), key)
-            for field_, key in zip(relation.key, keys, strict=True)
+            for field_, key in zip(relation.key, _keys(statements), strict=True)
         ),
         stage=statements.stage,
-        same_record=same_record,
-        copied=copied,
+        found=sql.SQL(" union all ").join(found),
+        table=relation.table,
     )
+
+
+def _matched(statements: TableStatements, schema: str, waiting: sql.Composed) -> sql.Composed:
+    """Compose the join of the staged records with what waits, read as a whole."""
+    relation = statements.relation
+    keys: sql.Composable = sql.SQL("")
+    same_record: sql.Composable = sql.SQL("waiting.record_id = staged.record_id")
+    if not has_one_text(relation):
+        # Whatever is no key is nobody's.
+        text = sql.SQL("waiting.record_id")
+        keys = sql.SQL("").join(
+            sql.SQL(", case when {} then {} end as {}").format(
+                statements.is_key(text, schema), value, key
+            )
+            for value, key in zip(key_values(relation, text), _keys(statements), strict=True)
+        )
+        same_record = sql.SQL(" and ").join(
+            sql.SQL("waiting.{0} = staged.{0}").format(key) for key in _keys(statements)
+        )
+    return sql.SQL(
+        "select staged.n, staged.record_id, waiting.changed_at, waiting.event_type, waiting.event_id, "
+        "waiting.record_id from staged "
+        "join (select waiting.*{keys} from ({waiting}) as waiting) as waiting on {same_record}"
+    ).format(keys=keys, waiting=waiting, same_record=same_record)
+
+
+def _keys(statements: TableStatements) -> list[sql.Identifier]:
+    return [sql.Identifier(f"key {index}") for index in range(len(statements.relation.key))]

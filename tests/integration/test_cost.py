@@ -443,6 +443,31 @@ def test_failures_are_noted_and_cleared_in_proportion_to_their_number(
         assert _rows_handled(plan["Plan"]) < 20 * MANY, name
 
 
+def test_a_pass_reads_few_of_the_failures_that_lie_around(pair: Pair, link: Link) -> None:
+    for node in pair.nodes:
+        node.execute(
+            "insert into sync.sync_failures (table_name, record_id, state, error_class, error)"
+            " select 'accounts', i::text, 'dead', '23514', 'refused' from generate_series(%s::int, %s::int) as i",
+            FEW + 1,
+            MANY,
+        )
+        node.execute("analyze sync.sync_failures")
+    read = (
+        "select seq_tup_read + coalesce(idx_tup_fetch, 0) from pg_stat_user_tables"
+        " where relid = 'sync.sync_failures'::regclass"
+    )
+    before = []
+    for node in pair.nodes:
+        written(node, link, "accounts")
+        before.append(node.value(read))
+    rename(pair.crm, FEW, "beside failures")
+    passes.run(link)
+    for node, earlier in zip(pair.nodes, before, strict=True):
+        written(node, link, "accounts")
+        assert node.value(read) - earlier <= 2 * FEW, node.name
+    assert equal(pair, ("accounts",))
+
+
 @pytest.mark.parametrize(("length", "prepared"), [(1, 1), (FEW, 0)])
 def test_a_statement_with_a_long_list_is_planned_for_it(
     link: Link, length: int, prepared: int

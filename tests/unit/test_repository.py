@@ -61,3 +61,10 @@ def test_the_changelog_has_one_list_for_each_kind_of_change() -> None:
             entries = part.strip("\n")
             assert entries.startswith("- ")
             assert "\n\n" not in entries, f"an empty line divides a list after: {entries[:60]}"
+
+
+def test_each_query_has_a_name_of_its_own() -> None:
+    names = re.findall(
+        r"^-- name: (\w+)", (ROOT / "sql/queries.sql").read_text("utf-8"), re.MULTILINE
+    )
+    assert sorted(set(names)) == sorted(names)
