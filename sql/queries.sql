@@ -552,9 +552,9 @@ where failure.table_name = %(table_name)s
 -- name: record_failures
 -- Move failing records from the events to the failures; the wait doubles from attempt to attempt, with jitter.
 with failing as (
-    select record_id, error_class, error, held
+    select record_id, error_class, error, held, position
     from unnest(%(record_ids)s::text[], %(error_classes)s::text[], %(errors)s::text[], %(held)s::boolean[])
-        as given (record_id, error_class, error, held)
+        with ordinality as given (record_id, error_class, error, held, position)
 ),
 moved as (
     delete from {schema}.sync_events as event
@@ -592,6 +592,7 @@ from failing
 left join changes on changes.record_id = failing.record_id
 left join {schema}.sync_failures as before
     on before.table_name = %(table_name)s and before.record_id = failing.record_id
+order by failing.position
 on conflict (table_name, record_id) do update
 set attempts = failure.attempts + case when excluded.state = 'held' then 0 else 1 end,
     state = case
