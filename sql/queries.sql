@@ -524,29 +524,24 @@ where failure.table_name = event.table_name
     and event.created_at <= %(read_at)s::timestamptz
 
 -- name: clear_failures
--- Records that failed before and have now been applied: those of a batch's events, and those retried. Each is looked up,
--- so that failures which lie around cost nothing.
+-- Records that failed before and have now been applied: those of a batch's events, and those retried. The limit, which is
+-- none, tells the planner how many events there are: few are looked up among many failures, and the other way round.
 with applied as (
     select unnest(%(retried)s::text[]) as record_id
     union
-    select event.record_id
-    from unnest(%(ids)s::int8multirange) as read_ids
-    join {schema}.sync_events as event
-        on event.id >= lower(read_ids) and event.id < upper(read_ids)
-    where event.table_name = %(table_name)s
+    (
+        select event.record_id
+        from unnest(%(ids)s::int8multirange) as read_ids
+        join {schema}.sync_events as event
+            on event.id >= lower(read_ids) and event.id < upper(read_ids)
+        where event.table_name = %(table_name)s
+        limit %(events)s
+    )
 )
 delete from {schema}.sync_failures as failure
+using applied
 where failure.table_name = %(table_name)s
-    and failure.record_id = any (array(
-        select found.record_id
-        from applied
-        cross join lateral (
-            select record_id
-            from {schema}.sync_failures
-            where table_name = %(table_name)s and record_id = applied.record_id
-            offset 0
-        ) as found
-    ))
+    and failure.record_id = applied.record_id
     and failure.record_id not in (select unnest(%(still_failing)s::text[]))
 
 -- name: record_failures

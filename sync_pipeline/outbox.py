@@ -8,7 +8,7 @@ from sync_pipeline import queries
 from sync_pipeline.config import RetryConfig
 from sync_pipeline.database import Connection, query, scalar
 from sync_pipeline.records import Failure, Relation
-from sync_pipeline.snapshot import EMPTY
+from sync_pipeline.snapshot import EMPTY, count
 
 
 @dataclass(slots=True)
@@ -48,12 +48,17 @@ def acknowledge(
         for outcome in outcomes:
             failing = outcome.failures
             if has_failures:
-                run(
-                    "clear_failures",
-                    table_name=outcome.table,
-                    ids=ids,
-                    retried=outcome.retried,
-                    still_failing=[failure.record_id for failure in failing],
+                connection.execute(
+                    query(queries.get("clear_failures", schema)),
+                    {
+                        "table_name": outcome.table,
+                        "ids": ids,
+                        "events": count(ids),
+                        "retried": outcome.retried,
+                        "still_failing": [failure.record_id for failure in failing],
+                    },
+                    # Planned for this number of events.
+                    prepare=False,
                 )
             if failing:
                 run(

@@ -80,7 +80,7 @@ class Intake:
 
     def leave(self, ids: str) -> None:
         """Consume only these of the ids; the others wait."""
-        self.left, self.ids = _count(self.ids) - _count(ids), ids
+        self.left, self.ids = count(self.ids) - count(ids), ids
 
     @property
     def size(self) -> int:
@@ -357,8 +357,8 @@ group by given.record_id"""
         )
 
 
-def _count(ids: str) -> int:
-    """How many ids there are in ranges such as `{[1,5),[7,8)}`."""
+def count(ids: str) -> int:
+    """Return how many ids there are in ranges such as `{[1,5),[7,8)}`."""
     return sum(int(end) - int(start) for start, end in re.findall(r"\[(\d+),(\d+)\)", ids))
 
 

@@ -436,7 +436,13 @@ def test_failures_are_noted_and_cleared_in_proportion_to_their_number(
         "base_seconds": 1,
         "max_seconds": 10,
     }
-    cleared = {"table_name": "accounts", "ids": "{}", "retried": records, "still_failing": records}
+    cleared = {
+        "table_name": "accounts",
+        "ids": "{}",
+        "events": 0,
+        "retried": records,
+        "still_failing": records,
+    }
     for name, parameters in (("record_failures", noted), ("clear_failures", cleared)):
         statement = query(b"explain (analyze, format json) " + queries.get(name, "sync"))
         [plan] = scalar(writer, statement, parameters)
@@ -449,7 +455,7 @@ def test_a_pass_reads_few_of_the_failures_that_lie_around(pair: Pair, link: Link
             "insert into sync.sync_failures (table_name, record_id, state, error_class, error)"
             " select 'accounts', i::text, 'dead', '23514', 'refused' from generate_series(%s::int, %s::int) as i",
             FEW + 1,
-            MANY,
+            10 * MANY,
         )
         node.execute("analyze sync.sync_failures")
     read = (
