@@ -48,7 +48,7 @@ class Applier:
         self._generation = generation
         self._statements: dict[tuple[str, bool], TableStatements] = {}
         self._compiled: dict[
-            tuple[Phase, tuple[tuple[str, bool, Expected], ...]], LiteralString
+            tuple[Phase, bool, tuple[tuple[str, bool, Expected], ...]], LiteralString
         ] = {}
         # The staging tables of this session, and how many batches have not needed each.
         self._created: dict[str, int] = {}
@@ -167,7 +167,9 @@ class Applier:
         """Execute a step for the records numbered in `span`, or all; raises what PostgreSQL raises."""
         first, last = span or self.numbers(step.tables)
         row = self.connection.execute(
-            self._statement(step), {"first": first, "last": last}, prepare=False
+            self._statement(step, of_all=span is None),
+            {"first": first, "last": last},
+            prepare=False,
         ).fetchone()
         for table, written in zip(step.tables, row or (), strict=True):
             entry = counts.setdefault(table, Counts())
@@ -176,28 +178,28 @@ class Applier:
             else:
                 entry.deleted += written
 
-    def _statement(self, step: Step) -> LiteralString:
+    def _statement(self, step: Step, *, of_all: bool) -> LiteralString:
         kinds = tuple(
             (table, table in self._textual, self._expected(table)) for table in step.tables
         )
-        if (step.phase, kinds) not in self._compiled:
+        if (step.phase, of_all, kinds) not in self._compiled:
             parts: list[sql.Composed] = []
             columns: list[sql.Composed] = []
             for number, (table, _, expected) in enumerate(kinds):
                 statements = self.statements(table)
                 expressions, count = (
-                    statements.upsert(number, expected)
+                    statements.upsert(number, expected, of_all=of_all)
                     if step.phase == "upsert"
-                    else statements.delete(number)
+                    else statements.delete(number, of_all=of_all)
                 )
                 parts += expressions
                 columns.append(count)
-            self._compiled[step.phase, kinds] = compiled(
+            self._compiled[step.phase, of_all, kinds] = compiled(
                 sql.SQL("with {} select {}").format(
                     sql.SQL(", ").join(parts), sql.SQL(", ").join(columns)
                 )
             )
-        return self._compiled[step.phase, kinds]
+        return self._compiled[step.phase, of_all, kinds]
 
     def _expected(self, table: str) -> Expected:
         if not self.expect_new:

@@ -13,22 +13,12 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from sync_pipeline.records import Relation
+from sync_pipeline.records import PLAIN_TYPES, SAME_WHEN_EQUAL, Relation
 
 APPLYING = "sync_pipeline.applying"
 
-# The text of these types depends on no setting of the session.
-_PLAIN_TYPES = {
-    "smallint", "integer", "bigint", "uuid", "text", "character varying", "bpchar", '"char"', "name",
-    "boolean", "numeric", "oid", "inet", "cidr", "macaddr", "macaddr8", '"bit"', "bit varying",
-}  # fmt: skip
-# Values of these types that are equal are the same to the byte, apart from what a collation says.
-SAME_WHEN_EQUAL = _PLAIN_TYPES - {"numeric", "bpchar"} | {
-    "date", "timestamp without time zone", "timestamp with time zone", "time without time zone",
-    "time with time zone", "bytea", "money", "pg_lsn", "xid8",
-}  # fmt: skip
 _ONE_TEXT = SAME_WHEN_EQUAL | {"numeric", "bpchar", "real", "double precision"}
-_COMPARABLE_TYPES = _PLAIN_TYPES | SAME_WHEN_EQUAL | {"real", "double precision"}
+_COMPARABLE_TYPES = PLAIN_TYPES | SAME_WHEN_EQUAL | {"real", "double precision"}
 _TEXT_SETTINGS = sql.SQL(
     "\nset datestyle = 'ISO, YMD'\nset timezone = 'UTC'\nset intervalstyle = 'postgres'"
     "\nset bytea_output = 'hex'\nset extra_float_digits = 1\nset lc_monetary = 'C'"
@@ -178,7 +168,7 @@ def compose(relation: Relation, schema: str) -> Capture:
         old_row=whole("old_rows"),
         same_key=sql.SQL(" and ").join(map(same, relation.key)),
     ).as_string(None)
-    plain = all(relation.columns[field].type_name in _PLAIN_TYPES for field in relation.key)
+    plain = all(relation.columns[field].type_name in PLAIN_TYPES for field in relation.key)
     create_function = _FUNCTION.format(
         function=function, settings=sql.SQL("") if plain else _TEXT_SETTINGS, body=body
     ).as_string(None)

@@ -137,7 +137,11 @@ def _one_by_one(
     connection.execute(single.create_stage)
     connection.execute(single.fill_from(applier.statements(table)), {"numbers": numbers})
     connection.execute(sql.SQL("create index on {} (n)").format(single.stage))
-    parts, count = single.upsert(0, "known") if step.phase == "upsert" else single.delete(0)
+    parts, count = (
+        single.upsert(0, "known", of_all=False)
+        if step.phase == "upsert"
+        else single.delete(0, of_all=False)
+    )
     statement = sql.SQL("with {} select {}").format(sql.SQL(", ").join(parts), count)
     parameters = {
         "statement": statement.as_string(connection),

@@ -18,6 +18,18 @@ def spelled(*names: str) -> str:
     )
 
 
+# The text of these types depends on no setting of the session.
+PLAIN_TYPES = {
+    "smallint", "integer", "bigint", "uuid", "text", "character varying", "bpchar", '"char"', "name",
+    "boolean", "numeric", "oid", "inet", "cidr", "macaddr", "macaddr8", '"bit"', "bit varying",
+}  # fmt: skip
+# Values of these types that are equal are the same to the byte, apart from what a collation says.
+SAME_WHEN_EQUAL = PLAIN_TYPES - {"numeric", "bpchar"} | {
+    "date", "timestamp without time zone", "timestamp with time zone", "time without time zone",
+    "time with time zone", "bytea", "money", "pg_lsn", "xid8",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """A column as the catalog has it; `type_name` is its base type without length, ready for a cast."""
@@ -37,6 +49,11 @@ class Column:
     def collation_is_deterministic(self) -> bool:
         """True when equal texts are the same."""
         return self.collation is None
+
+    @property
+    def is_same_when_equal(self) -> bool:
+        """True when equal values are the same to the byte."""
+        return self.type_name in SAME_WHEN_EQUAL and self.collation_is_deterministic
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +97,12 @@ class Relation:
     def fields(self) -> tuple[str, ...]:
         """The fields that are carried, key first."""
         return tuple(self.columns)
+
+    @property
+    def has_lookup_key(self) -> bool:
+        """True when rows can be looked up by an array of keys: in one index, by values that have one spelling."""
+        key = self.columns[self.key[0]]
+        return len(self.key) == 1 and not self.partitions and key.is_same_when_equal
 
 
 @dataclass(frozen=True, slots=True)

@@ -382,7 +382,8 @@ def opened(
 def _rows(relation: Relation, schema: str, *, of_events: bool) -> LiteralString:
     """Compose the COPY of the current rows of records: those of a table's events, or given ones.
 
-    Each is looked up by its key: a planner that knows how many events there are would rather read the whole table.
+    They are looked up by their keys: a planner that knows how many events there are would rather read the whole table.
+    Keys of one column are looked up together, which costs less than a descent of the index for each.
     """
     key_columns = [relation.columns[name] for name in relation.key]
     keys = [sql.Identifier(f"key {index}") for index in range(len(key_columns))]
@@ -392,25 +393,41 @@ def _rows(relation: Relation, schema: str, *, of_events: bool) -> LiteralString:
         changed = sql.SQL(
             "{} where id between %(first_id)s and %(last_id)s and table_name = %(table_name)s"
         ).format(sql.Identifier(schema, "sync_events"))
+    same_key = sql.SQL(" and ").join(
+        sql.SQL("t.{} = changed.{}").format(sql.Identifier(column.name), key)
+        for column, key in zip(key_columns, keys, strict=True)
+    )
+    if relation.has_lookup_key:
+        # A full join finds the same, since there is no row without a key; it is never done by comparing each with each.
+        joined = sql.SQL(
+            "full join (select t.tableoid, t.* from {relation} as t "
+            "where t.{column} = any (array(select {key} from changed)) offset 0) as t on {same_key}"
+        )
+    else:
+        joined = sql.SQL(
+            "left join lateral (select t.tableoid, t.* from {relation} as t where {same_key} offset 0) as t on true"
+        )
     return compiled(
         sql.SQL(
             """copy (
+    with changed as materialized (select distinct {casts} from {changed})
     select %(first)s + row_number() over (order by {keys}) - 1, t.tableoid is not null, {columns}
-    from (select distinct {casts} from {changed}) as changed
-    left join lateral (select t.tableoid, t.* from {relation} as t where {same_key} offset 0) as t on true
+    from changed
+    {joined}
     where t.tableoid is null or ({condition})
 ) to stdout"""
         ).format(
-            keys=sql.SQL(", ").join(sql.SQL("changed.{}").format(key) for key in keys),
-            columns=_columns(relation, "t", keys),
             casts=sql.SQL(", ").join(
                 sql.SQL("{} as {}").format(cast, key) for cast, key in zip(casts, keys, strict=True)
             ),
             changed=changed,
-            relation=sql.Identifier(relation.schema, relation.name),
-            same_key=sql.SQL(" and ").join(
-                sql.SQL("t.{} = changed.{}").format(sql.Identifier(column.name), key)
-                for column, key in zip(key_columns, keys, strict=True)
+            keys=sql.SQL(", ").join(sql.SQL("changed.{}").format(key) for key in keys),
+            columns=_columns(relation, "t", keys),
+            joined=joined.format(
+                relation=sql.Identifier(relation.schema, relation.name),
+                column=sql.Identifier(key_columns[0].name),
+                key=keys[0],
+                same_key=same_key,
             ),
             condition=sql.SQL((relation.where or "true").replace("%", "%%")),
         )

@@ -500,6 +500,24 @@ def test_rows_are_looked_up_though_the_planner_knows_how_many_events_there_are(
     assert equal(pair, ("accounts",))
 
 
+def test_the_rows_of_a_batch_are_looked_up_together(pair: Pair, link: Link) -> None:
+    if int(pair.crm.value("select current_setting('server_version_num')")) < 170000:
+        pytest.skip("before PostgreSQL 17 an index is descended once for each value of an array")
+    scans = "select idx_scan from pg_stat_user_tables where relid = 'accounts'::regclass"
+    rename(pair.crm, BATCH, "looked up")
+
+    def descents() -> list[int]:
+        written(pair.crm, link, "accounts")
+        written(pair.billing, link, "accounts")
+        return [int(node.value(scans)) for node in pair.nodes]
+
+    before = descents()
+    consume(link)
+    after = descents()
+    assert equal(pair, ("accounts",))
+    assert all(now - then < FEW for then, now in zip(before, after, strict=True))
+
+
 def _rows_handled(plan: dict[str, Any]) -> int:
     """How many rows the nodes of a plan have returned or dropped."""
     own = sum(
