@@ -678,6 +678,10 @@ select {schema}.has_events(%(bound)s) as events, exists (select from {schema}.sy
 -- The greatest id of an event that waits here.
 select coalesce(max(id), 0) from {schema}.sync_events
 
+-- name: read_least_event
+-- The least id above a bound of an event that waits here, null when none does.
+select min(id) from {schema}.sync_events where id > %(bound)s
+
 -- name: read_event_writers
 -- The transactions of others that have written to the events and still run, prepared ones included, by name.
 select coalesce(pg_catalog.array_agg(distinct virtualtransaction), '{}')

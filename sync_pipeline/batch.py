@@ -51,6 +51,8 @@ class Batch:
     counts: dict[str, Counts] = field(default_factory=dict, init=False)
     outcomes: list[Outcome] = field(default_factory=list, init=False)
     ledger_id: int = field(default=0, init=False)
+    # The records, by table and record_id, that were dirty on both nodes.
+    settled: set[tuple[str, str]] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self._schema = self.config.schema_name
@@ -68,11 +70,12 @@ class Batch:
         # How many records to be deleted stay, by table, in this savepoint, and which wait.
         self._kept: dict[str, int] = {}
         self._waiting: dict[str, list[str]] = {}
+        self._dirty_before: list[Dirty] = []
         # Rows with greater numbers were brought along: they have no events in this batch.
         self._last_number = self.intake.last_number
 
     def stage(self) -> Self:
-        """Begin the transaction and stage the rows of the intake."""
+        """Begin the transaction, stage the rows of the intake and look for conflicts."""
         try:
             try:
                 self._open(textual=False)
@@ -82,6 +85,7 @@ class Batch:
                 # A value is not even readable as the target's type: stage text, so that its record can be told apart.
                 self._stack.close()
                 self._open(textual=True)
+            self._dirty_before = self.waiting.find(self.applier)
         except BaseException:
             self.close()
             raise
@@ -118,13 +122,17 @@ class Batch:
             self._stack,
         )
 
-    def upsert(self, tables: list[str]) -> None:
+    def upsert(self, tables: list[str], settled: set[tuple[str, str]]) -> None:
         """Settle the conflicts that are here already; upsert the staged records of some tables.
 
+        `settled` are those of the batch before, by table and record_id: it was not committed when this one was staged.
         A refusal is dealt with in `finish`.
         """
         # Most conflicts are here before us. Those that come while we write are found when our locks are held.
-        if dirty := self.waiting.find(self.applier):
+        dirty = self._dirty_before
+        if settled.intersection((each.table, each.record_id) for each in dirty):
+            dirty = self.waiting.find(self.applier)
+        if dirty:
             self._settle(dirty)
         self._savepoint()
         steps = self._deletes_first() + self.applier.steps(tables, "upsert")
@@ -365,6 +373,7 @@ class Batch:
         ]
 
     def _settle(self, dirty: list[Dirty]) -> None:
+        self.settled.update((each.table, each.record_id) for each in dirty)
         decisions = conflicts.decide(
             self.applier, self.config, self.source, self.target, dirty, self._changes
         )

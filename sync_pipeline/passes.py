@@ -111,7 +111,7 @@ class Pass:
                 self._ahead = Ahead(self._further())
                 self._stack.callback(self._ahead.close)
                 self._compare_clocks(self._batch)
-                self._batch.upsert(self._parents)
+                self._batch.upsert(self._parents, settled=set())
         return self.report
 
     def process_dependents(self) -> DirectionReport:
@@ -120,11 +120,13 @@ class Pass:
             return self.report
         with self._invalid_keys_end_the_pass():
             if self._batch is not None and self._ahead is not None:
-                self._commit(self._batch)
+                last = self._batch
+                self._commit(last)
                 for batch in self._ahead:
                     with closing(batch):
-                        batch.upsert(self._parents)
+                        batch.upsert(self._parents, last.settled)
                         self._commit(batch)
+                    last = batch
             self._consumed = not self._catalog.left_out
         self._acknowledger.finish()
         self.link.unrecovered.discard(self.source)

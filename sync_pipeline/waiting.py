@@ -50,6 +50,7 @@ class Waiting:
     _is_copied: bool = field(default=False, init=False)
     # Up to where the copy can grow, and the transactions that have to end before.
     _next: tuple[int, set[str]] | None = field(default=None, init=False)
+    _least: int | None = field(default=None, init=False)
     # Up to where the last `find` has seen every event that there will ever be.
     _seen: int = field(default=0, init=False)
 
@@ -103,11 +104,19 @@ class Waiting:
         up_to, writers = self._next
         if writers.isdisjoint(running):
             missing = up_to - self._bound
-            if missing >= WORTHWHILE_EVENTS:
+            if missing >= WORTHWHILE_EVENTS and self._are_many(up_to):
                 self._copy(min(up_to, self._bound + MOST_EVENTS))
                 self._seen = max(self._seen, self._bound)
             if missing <= MOST_EVENTS:
                 self._next = None
+
+    def _are_many(self, up_to: int) -> bool:
+        """True when as many ids lie between the first event that waits and another as are worth a copy."""
+        if self._least is None:
+            # Once: on its way may be many dead rows that no vacuum can remove.
+            statement = query(queries.get("read_least_event", self.schema))
+            self._least = scalar(self.connection, statement, {"bound": self._bound})
+        return self._least is not None and up_to - self._least >= WORTHWHILE_EVENTS - 1
 
     def _copy(self, up_to: int) -> None:
         copied = sql.SQL(
@@ -164,17 +173,27 @@ def _dirty(
         "copy": _COPY,
         "events": sql.Identifier(schema, "sync_events"),
         "events_after": sql.Identifier(schema, "events_after"),
+        "events_about": sql.Identifier(schema, "events_about"),
         "failures": sql.Identifier(schema, "sync_failures"),
         "table": sql.Literal(relation.table),
     }
     found = []
-    if events:
-        # What our own rows made triggers do is news for the source, not a change that it did not know.
+    # What our own rows made triggers do is news for the source, not a change that it did not know.
+    is_news = sql.SQL("caused_by is distinct from pg_catalog.pg_current_xact_id()")
+    if events and has_one_text(relation):
+        found.append(
+            sql.SQL(
+                "select staged.n, staged.record_id, about.changed_at, about.event_type, about.event_id, null "
+                "from staged join {events_about}(%(bound)s, {table}, array(select record_id from staged)) as about "
+                "on about.record_id = staged.record_id where about.{is_news}"
+            ).format(**parameters, is_news=is_news)
+        )
+    elif events:
         later = sql.SQL(
             "select record_id, changed_at, event_type, event_id from {events_after}(%(bound)s, {table}) "
-            "where caused_by is distinct from pg_catalog.pg_current_xact_id()"
+            "where {is_news}"
         )
-        found.append(_matched(statements, schema, later.format(**parameters)))
+        found.append(_matched(statements, schema, later.format(**parameters, is_news=is_news)))
     if failures and has_one_text(relation):
         found.append(
             sql.SQL(
@@ -192,9 +211,10 @@ def _dirty(
     if copied:
         found.append(
             sql.SQL(
-                "select staged.n, staged.record_id, copied.*, null from staged "
-                "cross join lateral (select changed_at, event_type, event_id from {copy} "
-                'where record_id = staged.record_id collate "C" and table_name = {table} offset 0) as copied '
+                "select staged.n, staged.record_id, copied.changed_at, copied.event_type, copied.event_id, null "
+                "from staged join (select record_id, changed_at, event_type, event_id from {copy} "
+                'where record_id = any (array(select record_id collate "C" from staged where n > %(after)s)) '
+                "and table_name = {table} offset 0) as copied on copied.record_id = staged.record_id "
                 "where staged.n > %(after)s and (select true from {events} where id = copied.event_id)"
             ).format(**parameters)
         )

@@ -105,7 +105,7 @@ cross join (
     from {schema}.sync_conflicts
 ) as conflicts;
 
--- The statistics of a queue are always out of date. The settings of the next three functions keep the planner on the
+-- The statistics of a queue are always out of date. The settings of the next four functions keep the planner on the
 -- primary key, whatever it believes of the table's size, so that nobody reads the dead rows below a floor.
 
 -- True when an event above a floor waits.
@@ -129,6 +129,21 @@ as $$
     select record_id, created_at, event_type, id, caused_by
     from {schema}.sync_events
     where id > above_id and table_name = of_table
+$$;
+
+-- Those events of a table after an id that are about some records. Both lists can be long, whatever the planner believes.
+create function {schema}.events_about(above_id bigint, of_table text, record_ids text[])
+returns table (record_id text, changed_at timestamptz, event_type text, event_id bigint, caused_by xid8)
+language sql stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_nestloop = off
+as $$
+    select event.record_id, event.created_at, event.event_type, event.id, event.caused_by
+    from {schema}.sync_events as event
+    join unnest(record_ids) as asked (record_id) on asked.record_id = event.record_id
+    where event.id > above_id and event.table_name = of_table
 $$;
 
 -- The next events after an id, at most so many and none of ignored tables: how many of each table, and which.
@@ -208,4 +223,5 @@ revoke all on function {schema}.try_each(text, bigint[], text[]) from public;
 revoke all on function {schema}.is_value(text, text) from public;
 revoke all on function {schema}.has_events(bigint) from public;
 revoke all on function {schema}.events_after(bigint, text) from public;
+revoke all on function {schema}.events_about(bigint, text, text[]) from public;
 revoke all on function {schema}.next_events(bigint, text[], integer) from public;
