@@ -162,8 +162,10 @@ class Link:
 
 
 @contextmanager
-def lead(config: Config) -> Iterator[Link]:
+def lead(config: Config, *, standing_by: bool = False) -> Iterator[Link]:
     """Connect to both nodes, take both locks, and hold them for a `with` block.
+
+    Who is `standing_by` asks for one lock again and again: then nothing else is opened before it is taken.
 
     Raises `LockTaken` when another worker leads, `PoolerRefused` behind a pooler that shares sessions,
     `NotInstalled`, `WrongDatabase` where a dsn leads to another database than the one that was installed,
@@ -172,10 +174,11 @@ def lead(config: Config) -> Iterator[Link]:
     """
     with ExitStack() as stack:
         first, second = config.nodes
-        # Who stands by asks for one lock again and again: nothing else is opened before it is taken.
-        opened = _open([(first, "writer")], config, stack)
+        wanted = [(first, "writer"), (first, "reader"), (second, "writer"), (second, "reader")]
+        opened = _open(wanted[:1] if standing_by else wanted, config, stack)
         leaders = {first.name: _take(opened[first.name, "writer"], config, first, stack)}
-        opened |= _open([(first, "reader"), (second, "writer"), (second, "reader")], config, stack)
+        if standing_by:
+            opened |= _open(wanted[1:], config, stack)
         writers = {node.name: opened[node.name, "writer"] for node in config.nodes}
         identity.refuse_one_database(config, writers)
         leaders[second.name] = _take(writers[second.name], config, second, stack)

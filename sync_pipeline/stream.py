@@ -109,16 +109,17 @@ def stream(
     started = time.monotonic()
     deadline = started + seconds if seconds is not None else float("inf")
     interruptions = 0
-    has_led = False
+    has_led = standing_by = False
     while not stop.is_set() and time.monotonic() < deadline:
         try:
-            with passes.interruptions(), lead(config) as link:
-                has_led = True
+            with passes.interruptions(), lead(config, standing_by=standing_by) as link:
+                has_led, standing_by = True, False
                 listener.opened(link)
                 listener.leading()
                 interruptions = 0
                 _follow(link, stop, deadline, totals, listener)
         except LockTaken as error:
+            standing_by = True
             listener.standing_by(error)
             _wait(stop, STANDBY_SECONDS, deadline)
         except (PassInterrupted, ConnectionFailed, CatalogMismatch) as error:

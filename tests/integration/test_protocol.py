@@ -3,13 +3,15 @@
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import psycopg
 import pytest
 
-from sync_pipeline import locks, passes, stream
-from sync_pipeline.config import Config
-from sync_pipeline.database import connected
+from sync_pipeline import database, locks, passes, stream
+from sync_pipeline import link as links
+from sync_pipeline.config import Config, NodeConfig
+from sync_pipeline.database import Connection, connected
 from sync_pipeline.errors import LockTaken, PassInterrupted
 from sync_pipeline.link import Link, lead
 from sync_pipeline.passes import Pass
@@ -405,6 +407,29 @@ def test_a_second_consumer_stands_by_and_takes_over(pair: Pair, config: Config) 
         assert leading.wait(20)
         stop.set()
         running.result()
+
+
+def test_a_consumer_that_stands_by_opens_one_connection_at_a_time(
+    pair: Pair, config: Config
+) -> None:
+    stop = threading.Event()
+    tries = iter(range(3))
+    opened: list[str] = []
+
+    def stand_by(_: LockTaken) -> None:
+        if next(tries, None) is None:
+            stop.set()
+
+    def connect(node: NodeConfig, config: Config, role: str) -> Connection:
+        opened.append(role)
+        return database.connect(node, config, role)
+
+    with lead(config), mock.patch.object(links, "connect", connect):
+        listener = stream.Listener(standing_by=stand_by)
+        stream.stream(config, stop, seconds=30, listener=listener)
+    # The first try does not know yet.
+    assert sorted(opened[:4]) == ["reader", "reader", "writer", "writer"]
+    assert opened[4:] == ["writer"] * 3
 
 
 def test_the_lock_of_a_failed_start_is_given_back(pair: Pair, config: Config) -> None:
