@@ -1,6 +1,6 @@
 """What the triggers cost the application: short transactions by pgbench, and large statements.
 
-Beside a table without any trigger; and, for large statements, beside a row-level trigger that does the same work.
+Beside a table without any trigger, and beside one with a row-level trigger that does nothing but insert an event.
 """
 
 import re
@@ -50,35 +50,39 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
     ):
         server = arena.servers["crm"]
         return [
-            *_short_transactions(server, captured, plain, options, rows),
+            *_short_transactions(server, (captured, rowwise, plain), options, rows),
             *_large_statement(captured, plain, options),
             _by_size(captured, plain, rowwise, rows),
         ]
 
 
 def _short_transactions(
-    server: Server, captured: Databases, plain: Databases, options: Options, rows: int
+    server: Server, kinds: tuple[Databases, ...], options: Options, rows: int
 ) -> list[Figure]:
     measured = []
     for name, commit, target in (
         ("pgbench updates", "on", 0.93),
         ("pgbench updates, synchronous_commit off", "off", None),
     ):
-        samples: dict[str, list[float]] = {"captured": [], "plain": []}
+        samples: dict[str, list[float]] = {databases.name: [] for databases in kinds}
         for number in range(options.rounds):
-            turns = [captured, plain] if number % 2 == 0 else [plain, captured]
-            for databases in turns:
+            for databases in kinds if number % 2 == 0 else kinds[::-1]:
                 _clean(databases)
                 samples[databases.name].append(pgbench(server, databases, options, rows, commit))
-        with_capture, without = samples["captured"], samples["plain"]
-        ratios = [mine / other for mine, other in zip(with_capture, without, strict=True)]
+        with_capture, rowwise, without = (samples[databases.name] for databases in kinds)
+        ratios = _ratios(with_capture, without)
         figures.progress(f"    {name}: {statistics.median(ratios):.2f} of the throughput")
         measured += [
             Figure(f"{name}, with capture", with_capture, "tps"),
             Figure(f"{name}, without", without, "tps"),
             Figure(f"{name}: with ÷ without", ratios, at_least=target),
+            Figure(f"{name}: a bare row-level trigger ÷ without", _ratios(rowwise, without)),
         ]
     return measured
+
+
+def _ratios(these: list[float], those: list[float]) -> list[float]:
+    return [one / other for one, other in zip(these, those, strict=True)]
 
 
 def pgbench(
@@ -110,7 +114,7 @@ def pgbench(
 def _large_statement(captured: Databases, plain: Databases, options: Options) -> list[Figure]:
     update = "update items set amount = amount + 1, updated_at = clock_timestamp()"
     with_capture, without = _compare(captured, plain, options.rounds, lambda: update)
-    ratios = [mine / other for mine, other in zip(with_capture, without, strict=True)]
+    ratios = _ratios(with_capture, without)
     return [
         Figure("one large update, with capture", with_capture, "s"),
         Figure("one large update, without", without, "s"),
