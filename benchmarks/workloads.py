@@ -107,12 +107,13 @@ end $$""",
     )
 
 
-def insert_storm(parents: int) -> Workload:
-    """Transactions of a parent with its three children each, into tables that enforce their foreign key."""
+def insert_storm(parents: int, *, enforced: bool = True) -> Workload:
+    """Transactions of a parent with its three children each, into tables with a foreign key, if it is `enforced`."""
+    name = f"insert storm of {parents:,} + {3 * parents:,} rows"
     return Workload(
-        name=f"insert storm of {parents:,} + {3 * parents:,} rows",
+        name=name if enforced else f"{name}, no foreign key",
         records=4 * parents,
-        schema=FAMILIES,
+        schema=FAMILIES if enforced else FAMILIES.replace(" references parents", ""),
         tables=("parents", "children"),
         backlog=f"""
 do $$ begin

@@ -1,5 +1,6 @@
 """Where many changes of the target's own wait, batches are checked against a copy of them: it hides none."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -8,7 +9,9 @@ from unittest import mock
 import pytest
 
 from sync_pipeline import waiting
-from sync_pipeline.waiting import Waiting
+from sync_pipeline.applier import Applier
+from sync_pipeline.batch import Batch
+from sync_pipeline.waiting import Dirty, Waiting
 from tests.crashing import Point
 from tests.engine import equal, installed, sync_pair
 from tests.helpers import Node, Pair, write_config
@@ -93,6 +96,39 @@ def test_conflicts_are_found_in_the_copy(pair: Pair) -> None:
     assert found
     assert equal(pair)
     assert conflicts(pair) == [(str(number), "billing") for number in SHARED]
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [pytest.param((1, 1), [1, 1, 0], id="the same"), pytest.param((1, 2), [1, 1], id="others")],
+)
+def test_a_look_is_repeated_where_the_batch_before_has_settled_the_same_record(
+    pair: Pair, changed: tuple[int, ...], found: list[int]
+) -> None:
+    rename(pair.billing, 1, 2)
+    for number, each in enumerate(changed):
+        pair.crm.execute("update accounts set name = %s where id = %s", f"crm {number}", each)
+    looks: list[int] = []
+    both_have_looked = threading.Event()
+    find, finish = Waiting.find, Batch.finish
+
+    def counted(self: Waiting, applier: Applier) -> list[Dirty]:
+        dirty = find(self, applier)
+        looks.append(len(dirty))
+        if len(looks) == 2:
+            both_have_looked.set()
+        return dirty
+
+    def held(self: Batch) -> None:
+        assert both_have_looked.wait(20)
+        finish(self)
+
+    with mock.patch.object(Waiting, "find", counted), mock.patch.object(Batch, "finish", held):
+        sync_pair(pair)
+
+    assert looks[: len(found)] == found
+    assert equal(pair)
+    assert conflicts(pair) == [(str(number), "crm") for number in sorted(set(changed))]
 
 
 def test_a_copy_is_made_in_several_parts(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
