@@ -50,6 +50,7 @@ class Waiting:
     _is_copied: bool = field(default=False, init=False)
     # Up to where the copy can grow, and the transactions that have to end before.
     _next: tuple[int, set[str]] | None = field(default=None, init=False)
+    # The first event that waited when the pass first had to know.
     _least: int | None = field(default=None, init=False)
     # Up to where the last `find` has seen every event that there will ever be.
     _seen: int = field(default=0, init=False)
@@ -246,27 +247,27 @@ order by n"""
 
 
 def _matched(statements: TableStatements, schema: str, waiting: sql.Composed) -> sql.Composed:
-    """Compose the join of the staged records with what waits, read as a whole."""
-    relation = statements.relation
-    keys: sql.Composable = sql.SQL("")
-    same_record: sql.Composable = sql.SQL("waiting.record_id = staged.record_id")
-    if not has_one_text(relation):
-        # Whatever is no key is nobody's.
-        text = sql.SQL("waiting.record_id")
-        keys = sql.SQL("").join(
-            sql.SQL(", case when {} then {} end as {}").format(
-                statements.is_key(text, schema), value, key
-            )
-            for value, key in zip(key_values(relation, text), _keys(statements), strict=True)
+    """Compose the join of the staged records with what waits, by the values of keys that have several texts."""
+    keys = _keys(statements)
+    # Whatever is no key is nobody's.
+    text = sql.SQL("waiting.record_id")
+    values = sql.SQL("").join(
+        sql.SQL(", case when {} then {} end as {}").format(
+            statements.is_key(text, schema), value, key
         )
-        same_record = sql.SQL(" and ").join(
-            sql.SQL("waiting.{0} = staged.{0}").format(key) for key in _keys(statements)
-        )
+        for value, key in zip(key_values(statements.relation, text), keys, strict=True)
+    )
     return sql.SQL(
         "select staged.n, staged.record_id, waiting.changed_at, waiting.event_type, waiting.event_id, "
         "waiting.record_id from staged "
-        "join (select waiting.*{keys} from ({waiting}) as waiting) as waiting on {same_record}"
-    ).format(keys=keys, waiting=waiting, same_record=same_record)
+        "join (select waiting.*{values} from ({waiting}) as waiting) as waiting on {same_key}"
+    ).format(
+        values=values,
+        waiting=waiting,
+        same_key=sql.SQL(" and ").join(
+            sql.SQL("waiting.{0} = staged.{0}").format(key) for key in keys
+        ),
+    )
 
 
 def _keys(statements: TableStatements) -> list[sql.Identifier]:

@@ -132,8 +132,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def pass_whole(self) -> None:
-        while self.take_step() not in {"over", "interrupted"}:
-            pass
+        self.take_steps()
 
     @rule(death=deaths, heir=st.booleans())
     def pass_and_die(self, death: str, heir: bool) -> None:  # noqa: FBT001 - drawn by Hypothesis
@@ -217,6 +216,12 @@ class Machine(RuleBasedStateMachine):
             return "interrupted"
         self.last_step = taken
         self.took(taken)
+        return taken
+
+    def take_steps(self) -> str:
+        """Take the steps that are left of a pass; tell how it ended."""
+        while (taken := self.take_step()) not in {"over", "interrupted"}:
+            pass
         return taken
 
     def interrupted(self, error: PassInterrupted) -> None:
@@ -594,15 +599,14 @@ class Families(Machine):
         clients = {node: self.client[node, "own"] for node in NODES}
         before: object = None
         for _ in range(SETTLING_ROUNDS):
-            while (taken := self.take_step()) not in {"over", "interrupted"}:
-                pass
+            ended = self.take_steps()
             now = [node.rows(UNSETTLED)[0] for node in self.pair.nodes]
             if now == [SETTLED, SETTLED]:
                 break
             for node in self.pair.nodes:
                 node.execute("update sync.sync_failures set next_attempt_at = now()")
             # A pass that only met a connection that was lost before says nothing.
-            if now == before and taken == "over":
+            if now == before and ended == "over":
                 # Nothing moves by itself any more.
                 assert disputes.settle(self.pair, clients)
             before = now
