@@ -71,6 +71,7 @@ class Batch:
         self._kept: dict[str, int] = {}
         self._waiting: dict[str, list[str]] = {}
         self._dirty_before: list[Dirty] = []
+        self._textual = False
         # Rows with greater numbers were brought along: they have no events in this batch.
         self._last_number = self.intake.last_number
 
@@ -78,14 +79,16 @@ class Batch:
         """Begin the transaction, stage the rows of the intake and look for conflicts."""
         try:
             try:
-                self._open(textual=False)
+                self._open()
             except psycopg.Error as error:
                 if error_class(error) != "data":
                     raise
                 # A value is not even readable as the target's type: stage text, so that its record can be told apart.
+                self._textual = True
                 self._stack.close()
-                self._open(textual=True)
-            self._dirty_before = self.waiting.find(self.applier)
+                self._open()
+            if not self._textual:
+                self._dirty_before = self.waiting.find(self.applier)
         except BaseException:
             self.close()
             raise
@@ -96,9 +99,9 @@ class Batch:
         with suppress(psycopg.Error):
             self._stack.close()
 
-    def _open(self, *, textual: bool) -> None:
+    def _open(self) -> None:
         tables = dict.fromkeys(part.table for part in self.intake.parts)
-        self.applier.prepare(tables, textual=textual)
+        self.applier.prepare(tables, textual=self._textual)
         self._transaction = self._stack.enter_context(
             self._connection.transaction(force_rollback=True)
         )
@@ -147,18 +150,19 @@ class Batch:
         """Apply what is left, settle conflicts, write the ledger and commit."""
         for _ in range(MAX_ROUNDS):
             refused = self._apply()
-            dirty = self._dirty(refused)
+            self._note(refused)
+            self._unstage(refused)
+            dirty = self._dirty()
             if not dirty:
                 break
             self._rollback()
-            self._drop(refused)
+            self._unstage(refused)
             self._settle(dirty)
             self._savepoint()
         else:
             raise PassInterrupted(
                 "applications keep changing the same records on both nodes", node=self.target
             )
-        self._drop(refused)
         self._connection.execute("release savepoint batch")
         self._record()
         self._transaction.force_rollback = False
@@ -364,13 +368,9 @@ class Batch:
 
     # --- conflicts ---
 
-    def _dirty(self, refused: list[Refusal]) -> list[Dirty]:
-        failing = {(refusal.table, refusal.number) for refusal in refused}
-        return [
-            dirty
-            for dirty in self.waiting.find_again(self.applier, self._last_number)
-            if (dirty.table, dirty.number) not in failing
-        ]
+    def _dirty(self) -> list[Dirty]:
+        """Look for conflicts that came since `stage` looked, or for all where it could not read the staged values."""
+        return self.waiting.find_again(self.applier, -1 if self._textual else self._last_number)
 
     def _settle(self, dirty: list[Dirty]) -> None:
         self.settled.update((each.table, each.record_id) for each in dirty)
@@ -413,11 +413,14 @@ class Batch:
 
     # --- the end of a batch ---
 
-    def _drop(self, refused: list[Refusal]) -> None:
-        """Take refused records out of the batch and remember why."""
+    def _note(self, refused: list[Refusal]) -> None:
+        """Remember which records were refused, and why."""
         self._failures += self.applier.failures(
             [refusal for refusal in refused if refusal.number <= self._last_number]
         )
+
+    def _unstage(self, refused: list[Refusal]) -> None:
+        """Take refused records out of the batch."""
         for table in dict.fromkeys(refusal.table for refusal in refused):
             self.applier.unstage([r.number for r in refused if r.table == table], table)
 

@@ -178,3 +178,64 @@ def test_settled_conflicts_are_kept_for_the_retention_and_then_deleted(
     pair.billing.execute(age, 31)
     sync_pair(pair)
     assert pair.billing.rows("select id from sync.sync_conflicts") == []
+
+
+@pytest.mark.parametrize("policy", ["last_update_wins", "crm", "billing", "hold"])
+def test_a_conflict_about_a_value_that_one_node_cannot_read_stops_no_other_record(
+    pair: Pair, policy: str
+) -> None:
+    for node in pair.nodes:
+        node.execute("create type mood as enum ('sad')")
+        node.execute("create table moods (id int primary key, mood mood)")
+    write_config(pair.config_path, tables=[{"name": "moods", "conflict": policy}])
+    installed(pair)
+    pair.crm.execute("insert into moods values (1, 'sad'), (2, 'sad')")
+    sync_pair(pair)
+    pair.crm.execute("alter type mood add value 'happy'")
+    pair.crm.execute("update moods set mood = 'happy' where id = 1")
+    pair.crm.execute("update moods set mood = null where id = 2")
+    pair.billing.execute("update moods set mood = null where id = 1")
+    pair.billing.execute("insert into moods values (3, 'sad')")
+    sync_pair(pair)
+    for node in pair.nodes:
+        assert node.pending() == 0
+        assert node.rows("select * from moods where id > 1 order by id") == [(2, None), (3, "sad")]
+    pair.billing.execute("alter type mood add value 'happy'")
+    for node in pair.nodes:
+        node.execute("update sync.sync_failures set next_attempt_at = now()")
+    sync_pair(pair)
+    if policy == "hold":
+        assert open_conflicts(pair)
+        states = [n.rows("select record_id, state from sync.sync_failures") for n in pair.nodes]
+        assert states == [[("1", "held")], [("1", "held")]]
+    else:
+        # A mood that billing could not take was no change that it lost.
+        assert equal(pair, ("moods",))
+        won = {"crm": "happy"}.get(policy)
+        assert pair.crm.rows("select mood from moods where id = 1") == [(won,)]
+        assert [n.rows("select * from sync.sync_failures") for n in pair.nodes] == [[], []]
+
+
+def test_a_key_that_one_node_cannot_read_stops_no_other_record(pair: Pair) -> None:
+    for node in pair.nodes:
+        node.execute("create type mood as enum ('sad', 'calm')")
+        node.execute("create table moods (mood mood primary key, name text)")
+    write_config(pair.config_path, tables=["moods"])
+    installed(pair)
+    pair.crm.execute("insert into moods values ('sad', 'one')")
+    sync_pair(pair)
+    pair.crm.execute("alter type mood add value 'happy'")
+    pair.crm.execute("insert into moods values ('happy', 'two')")
+    pair.crm.execute("update moods set name = 'crm' where mood = 'sad'")
+    pair.billing.execute("update moods set name = 'billing' where mood = 'sad'")
+    pair.billing.execute("insert into moods values ('calm', 'three')")
+    sync_pair(pair)
+    assert pair.crm.pending() == pair.billing.pending() == 0
+    assert pair.billing.rows("select * from moods order by mood") == [
+        ("sad", "billing"),
+        ("calm", "three"),
+    ]
+    pair.billing.execute("alter type mood add value 'happy'")
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    sync_pair(pair)
+    assert equal(pair, ("moods",))

@@ -580,12 +580,12 @@ class Families(Machine):
 
     @rule(node=nodes)
     def an_operator_pauses(self, node: str) -> None:
-        """Where nobody leads, a worker that comes meanwhile does nothing."""
+        """Where nobody leads, a worker that comes meanwhile does nothing; a leader asks before each of its passes."""
         waiting = [one.pending() for one in self.pair.nodes]
         self.node[node].execute("update sync.sync_node set paused_at = now()")
         if not self.leader.is_leading:
             assert stream.sync(config_of(self.pair)).paused
-        elif not self.lost:
+        elif not self.lost and self.last_step == "over":
             assert self.leader.link.is_paused()
         self.node[node].execute("update sync.sync_node set paused_at = null")
         assert [one.pending() for one in self.pair.nodes] == waiting
