@@ -70,13 +70,13 @@ class Batch:
         # How many records to be deleted stay, by table, in this savepoint, and which wait.
         self._kept: dict[str, int] = {}
         self._waiting: dict[str, list[str]] = {}
-        self._dirty_before: list[Dirty] = []
+        self._decisions: list[Decision] = []
         self._textual = False
         # Rows with greater numbers were brought along: they have no events in this batch.
         self._last_number = self.intake.last_number
 
     def stage(self) -> Self:
-        """Begin the transaction, stage the rows of the intake and look for conflicts."""
+        """Begin the transaction, stage the rows of the intake, look for conflicts and decide them."""
         try:
             try:
                 self._open()
@@ -88,7 +88,7 @@ class Batch:
                 self._stack.close()
                 self._open()
             if not self._textual:
-                self._dirty_before = self.waiting.find(self.applier)
+                self._decisions = self._decided(self.waiting.find(self.applier))
         except BaseException:
             self.close()
             raise
@@ -132,11 +132,10 @@ class Batch:
         A refusal is dealt with in `finish`.
         """
         # Most conflicts are here before us. Those that come while we write are found when our locks are held.
-        dirty = self._dirty_before
-        if settled.intersection((each.table, each.record_id) for each in dirty):
-            dirty = self.waiting.find(self.applier)
-        if dirty:
-            self._settle(dirty)
+        decisions = self._decisions
+        if settled.intersection((d.dirty.table, d.dirty.record_id) for d in decisions):
+            decisions = self._decided(self.waiting.find(self.applier))
+        self._settle(decisions)
         self._savepoint()
         steps = self._deletes_first() + self.applier.steps(tables, "upsert")
         try:
@@ -157,7 +156,7 @@ class Batch:
                 break
             self._rollback()
             self._unstage(refused)
-            self._settle(dirty)
+            self._settle(self._decided(dirty))
             self._savepoint()
         else:
             raise PassInterrupted(
@@ -372,12 +371,11 @@ class Batch:
         """Look for conflicts that came since `stage` looked, or for all where it could not read the staged values."""
         return self.waiting.find_again(self.applier, -1 if self._textual else self._last_number)
 
-    def _settle(self, dirty: list[Dirty]) -> None:
-        self.settled.update((each.table, each.record_id) for each in dirty)
+    def _decided(self, dirty: list[Dirty]) -> list[Decision]:
         decisions = conflicts.decide(
             self.applier, self.config, self.source, self.target, dirty, self._changes
         )
-        decisions = [
+        return [
             # The target deleted a parent that the source has given new children: it comes back.
             Decision(d.dirty, "parent_deleted", self.source)
             if d.dirty.number > self._last_number
@@ -386,10 +384,13 @@ class Batch:
             else d
             for d in decisions
         ]
+
+    def _settle(self, decisions: list[Decision]) -> None:
+        self.settled.update((d.dirty.table, d.dirty.record_id) for d in decisions)
         decisions = [
             # A later event of the source can turn a decision: that is told too.
-            replace(d, again=(d.dirty.table, d.dirty.record_id) in self.not_won)
-            if d.winner != self.source
+            replace(d, again=True)
+            if d.winner != self.source and (d.dirty.table, d.dirty.record_id) in self.not_won
             else d
             for d in decisions
         ]

@@ -66,7 +66,7 @@ def decide(
         statements = applier.statements(table)
         with applier.connection.cursor(row_factory=class_row(_Comparison)) as cursor:
             rows = cursor.execute(_compare(statements), {"numbers": [item.number for item in mine]})
-            compared = {row.n: row for row in rows}
+            compared = {row.n: row for row in rows.fetchall()}
         theirs = changes(table, [item.record_id for item in mine])
         policy = config.table(table).policy
         for item in mine:

@@ -268,7 +268,7 @@ class Snapshot:
                     "record_ids": record_ids,
                 },
             )
-            return {row.record_id: row for row in rows}
+            return {row.record_id: row for row in rows.fetchall()}
 
     def changes_of_keys(self, parts: Sequence[Part], record_ids: list[str]) -> dict[str, Change]:
         """As `changes`, for the parts of one table; also where an event spells the key in another way.
