@@ -20,7 +20,7 @@ from sync_pipeline.queries import get as named
 from sync_pipeline.records import Moment
 
 CANCEL_TIMEOUT_SECONDS = 0.5
-WORTHWHILE_ROWS = 5000
+WORTHWHILE_ROWS = 500
 
 
 @dataclass

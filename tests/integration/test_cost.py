@@ -32,8 +32,8 @@ TARGET_WAL_BYTES_PER_EVENT = 300
 # An event is about 80 bytes with its header, its entry in the one index 16; both with the headers of their records.
 CAPTURE_WAL_BYTES_PER_EVENT = 200
 TARGET_WAL_BYTES_OF_A_BATCH = 4_000
-# Of the 500 blocks or so that hold the dead events of the test. Up to 5,000 of them are not worth a look.
-BLOCKS_PER_POLL = 80
+# Of the 500 blocks or so that hold the dead events of the test. Up to 500 of them are not worth a look.
+BLOCKS_PER_POLL = 20
 TUPLES_PER_POLL = 2
 # psycopg prepares what it has met five times, in one round trip more.
 PASSES_UNTIL_PREPARED = 8

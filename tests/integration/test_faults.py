@@ -94,8 +94,11 @@ def test_a_server_stops_without_warning(durable_pair: Pair, point: str, victim: 
 
 @pytest.mark.parametrize("batch_size", [10_000, 7], ids=["one batch", "many batches"])
 @pytest.mark.parametrize("point", POINTS)
-def test_a_connection_is_cut(pair: Pair, point: str, batch_size: int) -> None:
+def test_a_connection_is_cut(
+    pair: Pair, point: str, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each of the four that a consumer always has, in each direction."""
+    monkeypatch.setattr(stream, "FIRST_BACKOFF_SECONDS", 0.02)
     write_config(pair.config_path, batch_size=batch_size)
     config = prepared(pair)
     cuts = [(source, *connection) for source in NODES for connection in CONNECTIONS]
