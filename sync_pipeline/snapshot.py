@@ -301,7 +301,7 @@ class Snapshot:
         rows = tempfile.SpooledTemporaryFile(max_size=ROWS_IN_MEMORY_BYTES)  # noqa: SIM115 - the part owns it
         number = first_number
         try:
-            with self._lock:
+            with self._lock, self._surviving():
                 for chunk, count in copy_out(self._connection, statement, parameters):
                     rows.write(chunk)
                     number += count
@@ -310,6 +310,16 @@ class Snapshot:
             raise
         rows.seek(0)
         part.rows, part.first_number, part.last_number = rows, first_number, number - 1
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """Let the snapshot outlive a read that fails because of a value: batches before it are still under way."""
+        try:
+            yield
+        except psycopg.Error as error:
+            if error_class(error) == "data":
+                self._connection.execute("rollback to savepoint opened")
+            raise
 
     def _changes_by_value(self, parts: Sequence[Part], record_ids: list[str]) -> sql.Composed:
         relation = self._relations[parts[0].table]
@@ -375,6 +385,7 @@ def opened(
         if moment is None:
             raise AssertionError("a query without a table returned no row")
         read.clock = moment.read_at
+        connection.execute("savepoint opened")
         yield Snapshot(connection, schema, relations, moment, read)
 
 

@@ -163,3 +163,26 @@ def test_a_domain_that_is_stricter_on_the_other_side_refuses_its_records_alone(p
         "words = case when words <> '{}' then '{}'::domain_of_words[] end"
     )
     converge(pair, "t")
+
+
+def test_a_batch_that_reaches_for_more_stands_before_one_with_a_key_that_is_none(
+    pair: Pair,
+) -> None:
+    link(pair, FAMILY, "children", "parents", batch_size=2)
+    pair.crm.execute("insert into parents select n, 'old' from generate_series(1, 3) as n")
+    pair.crm.execute(
+        "insert into children select n, (n + 1) / 2, 'old' from generate_series(1, 6) as n"
+    )
+    pair.crm.execute("truncate sync.sync_events")
+    # The second batch needs a parent of the fourth; the third cannot be read at all.
+    marks = "parents 1, children 1, children 3, children 4, children none, parents 1, parents 2, children 2"
+    for mark in marks.split(", "):
+        pair.crm.execute(
+            "insert into sync.sync_events (table_name, record_id, event_type) values (%s, %s, 'update')",
+            *mark.split(),
+        )
+    sync_pair(pair)
+    assert texts(pair.billing, "parents", "id") == ["(1)", "(2)"]
+    assert texts(pair.billing, "children", "id") == ["(1)", "(2)", "(3)", "(4)"]
+    assert pair.crm.pending() == 0
+    assert [(table, record) for table, record, *_ in failures(pair.crm)] == [("children", "none")]
