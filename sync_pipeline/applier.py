@@ -8,7 +8,8 @@ import psycopg
 from psycopg import sql
 
 from sync_pipeline.catalog import Catalog
-from sync_pipeline.database import Connection, compiled
+from sync_pipeline.database import Connection, compiled, server_encoding
+from sync_pipeline.errors import CatalogMismatch
 from sync_pipeline.records import Counts, Failure
 from sync_pipeline.snapshot import Part
 from sync_pipeline.statements import Expected, TableStatements
@@ -52,7 +53,10 @@ class Applier:
         ] = {}
         # The staging tables of this session, and how many batches have not needed each.
         self._created: dict[str, int] = {}
-        self._textual: set[str] = set()
+        # The tables whose values are staged raw, and the encoding that takes any bytes and gives them back.
+        self._raw: set[str] = set()
+        encoding = server_encoding(connection)
+        self._raw_encoding = "LATIN1" if encoding == "UTF8" else encoding
         self.staged: dict[str, list[Part]] = {}
         # Which of the staged tables have records to write, and which have records to delete.
         self._work: dict[Phase, set[str]] = {}
@@ -62,22 +66,23 @@ class Applier:
 
     def statements(self, table: str) -> TableStatements:
         """Return how a table is written."""
-        textual = table in self._textual
-        found = self._statements.get((table, textual))
+        raw = table in self._raw
+        found = self._statements.get((table, raw))
         if found is None:
             index = self.catalog.tables.index(table)
-            name = f"stage_{self._generation}_{index}{'_text' if textual else ''}"
-            found = TableStatements(self.catalog.relation(self.node, table), name, textual)
-            self._statements[table, textual] = found
+            name = f"stage_{self._generation}_{index}{'_raw' if raw else ''}"
+            relation = self.catalog.relation(self.node, table)
+            found = TableStatements(relation, name, self._raw_encoding if raw else None)
+            self._statements[table, raw] = found
         return found
 
-    def prepare(self, tables: Iterable[str], *, textual: bool = False) -> None:
+    def prepare(self, tables: Iterable[str], *, raw: bool = False) -> None:
         """Make the staging tables that a batch can need, before its transaction: a rollback must not take them."""
         self.staged = {}
         self.expect_new = True
         self._numbers = {}
         wanted = self._with_ancestors(tables)
-        self._textual = wanted if textual else set()
+        self._raw = wanted if raw else set()
         needed = [self.statements(table) for table in wanted]
         if missing := [each for each in needed if each.stage_name not in self._created]:
             # In one transaction: the end of each empties all staging tables that there are.
@@ -179,9 +184,7 @@ class Applier:
                 entry.deleted += written
 
     def _statement(self, step: Step, *, of_all: bool) -> LiteralString:
-        kinds = tuple(
-            (table, table in self._textual, self._expected(table)) for table in step.tables
-        )
+        kinds = tuple((table, table in self._raw, self._expected(table)) for table in step.tables)
         if (step.phase, of_all, kinds) not in self._compiled:
             parts: list[sql.Composed] = []
             columns: list[sql.Composed] = []
@@ -228,10 +231,14 @@ class Applier:
 
     def record_ids(self, table: str, numbers: Iterable[int]) -> dict[int, str]:
         """Return the ids of staged records by their number."""
-        rows: list[Any] = self.connection.execute(
-            self.statements(table).ids_of, {"numbers": list(numbers)}
-        ).fetchall()
-        return dict(rows)
+        statements = self.statements(table)
+        rows = self.connection.execute(statements.ids_of, {"numbers": list(numbers)}).fetchall()
+        if statements.raw is None:
+            return dict(rows)
+        try:
+            return {number: utf8.decode() for number, utf8 in rows}
+        except UnicodeDecodeError as error:
+            raise CatalogMismatch("a key holds bytes that are no text", table=table) from error
 
     def failures(self, refused: Sequence[Refusal]) -> list[Failure]:
         """Name the refused records by their ids."""

@@ -71,7 +71,6 @@ class Batch:
         self._kept: dict[str, int] = {}
         self._waiting: dict[str, list[str]] = {}
         self._decisions: list[Decision] = []
-        self._textual = False
         # Rows with greater numbers were brought along: they have no events in this batch.
         self._last_number = self.intake.last_number
 
@@ -79,16 +78,14 @@ class Batch:
         """Begin the transaction, stage the rows of the intake, look for conflicts and decide them."""
         try:
             try:
-                self._open()
+                self._open(raw=False)
             except psycopg.Error as error:
                 if error_class(error) != "data":
                     raise
-                # A value is not even readable as the target's type: stage text, so that its record can be told apart.
-                self._textual = True
+                # A value is not even readable here: stage all of them raw, so that its record can be told apart.
                 self._stack.close()
-                self._open()
-            if not self._textual:
-                self._decisions = self._decided(self.waiting.find(self.applier))
+                self._open(raw=True)
+            self._decisions = self._decided(self.waiting.find(self.applier))
         except BaseException:
             self.close()
             raise
@@ -99,9 +96,9 @@ class Batch:
         with suppress(psycopg.Error):
             self._stack.close()
 
-    def _open(self) -> None:
+    def _open(self, *, raw: bool) -> None:
         tables = dict.fromkeys(part.table for part in self.intake.parts)
-        self.applier.prepare(tables, textual=self._textual)
+        self.applier.prepare(tables, raw=raw)
         self._transaction = self._stack.enter_context(
             self._connection.transaction(force_rollback=True)
         )
@@ -116,6 +113,7 @@ class Batch:
         self.clock.clock = row[2] if row else None
         for part in self.intake.parts:
             self.applier.stage(part)
+            self._failures += isolation.leave_out_unreadable(self.applier, self._schema, part)
         self._companions = Companions(
             self.applier,
             self.snapshot,
@@ -149,19 +147,18 @@ class Batch:
         """Apply what is left, settle conflicts, write the ledger and commit."""
         for _ in range(MAX_ROUNDS):
             refused = self._apply()
-            self._note(refused)
-            self._unstage(refused)
-            dirty = self._dirty()
+            dirty = self._dirty(refused)
             if not dirty:
                 break
             self._rollback()
-            self._unstage(refused)
+            self._drop(refused)
             self._settle(self._decided(dirty))
             self._savepoint()
         else:
             raise PassInterrupted(
                 "applications keep changing the same records on both nodes", node=self.target
             )
+        self._drop(refused)
         self._connection.execute("release savepoint batch")
         self._record()
         self._transaction.force_rollback = False
@@ -367,9 +364,13 @@ class Batch:
 
     # --- conflicts ---
 
-    def _dirty(self) -> list[Dirty]:
-        """Look for conflicts that came since `stage` looked, or for all where it could not read the staged values."""
-        return self.waiting.find_again(self.applier, -1 if self._textual else self._last_number)
+    def _dirty(self, refused: list[Refusal]) -> list[Dirty]:
+        failing = {(refusal.table, refusal.number) for refusal in refused}
+        return [
+            dirty
+            for dirty in self.waiting.find_again(self.applier, self._last_number)
+            if (dirty.table, dirty.number) not in failing
+        ]
 
     def _decided(self, dirty: list[Dirty]) -> list[Decision]:
         decisions = conflicts.decide(
@@ -414,14 +415,11 @@ class Batch:
 
     # --- the end of a batch ---
 
-    def _note(self, refused: list[Refusal]) -> None:
-        """Remember which records were refused, and why."""
+    def _drop(self, refused: list[Refusal]) -> None:
+        """Take refused records out of the batch and remember why."""
         self._failures += self.applier.failures(
             [refusal for refusal in refused if refusal.number <= self._last_number]
         )
-
-    def _unstage(self, refused: list[Refusal]) -> None:
-        """Take refused records out of the batch."""
         for table in dict.fromkeys(refusal.table for refusal in refused):
             self.applier.unstage([r.number for r in refused if r.table == table], table)
 

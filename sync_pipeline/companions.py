@@ -13,8 +13,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 
-from sync_pipeline import parking
+import psycopg
+
+from sync_pipeline import isolation, parking
 from sync_pipeline.applier import Applier
+from sync_pipeline.database import error_class
 from sync_pipeline.snapshot import Part, Snapshot
 
 PATIENT_LEVELS = 8
@@ -140,7 +143,15 @@ class Companions:
         self.stack.callback(part.close)
         if part.count == 0:
             return False
-        self.applier.stage(part)
+        try:
+            with self.applier.connection.transaction():
+                self.applier.stage(part)
+        except psycopg.Error as error:
+            if error_class(error) != "data":
+                raise
+            # A value of them cannot be read here: that is told in the batch of its own record.
+            return False
+        isolation.leave_out_unreadable(self.applier, self.schema, part)
         self._next_number = part.last_number + 1
         return True
 

@@ -209,6 +209,11 @@ def query(text: bytes) -> LiteralString:
     return cast("LiteralString", text)
 
 
+def server_encoding(connection: Connection) -> str:
+    """Return the encoding of the connected database, such as `UTF8`."""
+    return connection.info.parameter_status("server_encoding") or "UTF8"
+
+
 def scalar(
     connection: Connection, statement: Statement, parameters: dict[str, Any] | None = None
 ) -> Any:

@@ -14,12 +14,15 @@ from psycopg import sql
 from sync_pipeline import parking, queries
 from sync_pipeline.applier import MAY_PASS_LATER, Applier, Refusal, Step, bounded, describe
 from sync_pipeline.database import DATA_CLASSES, error_class, query
-from sync_pipeline.records import Counts
+from sync_pipeline.records import Counts, Failure
+from sync_pipeline.snapshot import Part
 from sync_pipeline.statements import TableStatements
 
 NOT_NULL_VIOLATION = "23502"
 FOREIGN_KEY_VIOLATION = "23503"
 CHECK_VIOLATION = "23514"
+# A character that the encoding lacks, and bytes that are no text in it.
+NO_TEXT_HERE = {"22P05", "22021"}
 # Enough to find two or three records among ten thousand.
 MAX_ATTEMPTS = 80
 
@@ -48,6 +51,36 @@ def isolate(
             failing = [r for r in failing if r not in waiting] + again
         refused += failing
     return refused
+
+
+def leave_out_unreadable(applier: Applier, schema: str, part: Part) -> list[Failure]:
+    """Take the records out of the batch of which a value that was staged raw cannot be read; return them.
+
+    But for those that are gone on the source and have a key of characters that this encoding lacks: they are not here.
+    """
+    statements = applier.statements(part.table)
+    if statements.raw is None or not part.count:
+        return []
+    rows = applier.connection.execute(
+        query(queries.get("try_each", schema)),
+        {
+            "statement": statements.read_each.as_string(applier.connection),
+            "numbers": list(range(part.first_number, part.last_number + 1)),
+            "data_classes": sorted(DATA_CLASSES),
+        },
+    ).fetchall()
+    refused = [
+        Refusal(part.table, number, sqlstate, bounded(sqlstate, message, detail))
+        for number, _, sqlstate, message, detail in rows
+        if sqlstate is not None
+    ]
+    numbers = [refusal.number for refusal in refused]
+    gone = applier.connection.execute(statements.gone_among, {"numbers": numbers}).fetchall()
+    failures = applier.failures(
+        [r for r in refused if (r.number,) not in gone or r.error_class not in NO_TEXT_HERE]
+    )
+    applier.unstage(numbers, part.table)
+    return failures
 
 
 def _apply(applier: Applier, schema: str, step: Step, counts: dict[str, Counts]) -> list[Refusal]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from sync_pipeline import queries
 from sync_pipeline.config import RetryConfig
-from sync_pipeline.database import Connection, query, scalar
+from sync_pipeline.database import Connection, query, scalar, server_encoding
 from sync_pipeline.records import Failure, Relation
 from sync_pipeline.snapshot import EMPTY, count
 
@@ -67,7 +67,7 @@ def acknowledge(
                     ids=ids,
                     record_ids=[failure.record_id for failure in failing],
                     error_classes=[failure.error_class for failure in failing],
-                    errors=[failure.error for failure in failing],
+                    errors=[_storable(connection, failure.error) for failure in failing],
                     held=[failure.held for failure in failing],
                     max_attempts=retry.max_attempts,
                     base_seconds=retry.base_seconds,
@@ -76,6 +76,13 @@ def acknowledge(
         if ids != EMPTY:
             run("acknowledge", ids=ids)
         return int(scalar(connection, query(queries.get("note_pass", schema))))
+
+
+def _storable(connection: Connection, text: str) -> str:
+    """What the other node said, in characters that this one has."""
+    if server_encoding(connection) == "UTF8":
+        return text
+    return text.encode("ascii", errors="backslashreplace").decode()
 
 
 def set_aside_unknown(connection: Connection, schema: str, table: str, reason: str) -> int:

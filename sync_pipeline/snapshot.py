@@ -18,7 +18,15 @@ from psycopg.waiting import Wait
 
 from sync_pipeline import clocks, queries
 from sync_pipeline.capture import has_one_text, key_values
-from sync_pipeline.database import Connection, Statement, compiled, error_class, query, scalar
+from sync_pipeline.database import (
+    Connection,
+    Statement,
+    compiled,
+    error_class,
+    query,
+    scalar,
+    server_encoding,
+)
 from sync_pipeline.records import Moment, Relation
 
 ROWS_IN_MEMORY_BYTES = 8 * 1024 * 1024
@@ -148,6 +156,11 @@ class Snapshot:
         self.moment = moment
         self.read_at = moment.read_at
         self.clock = clock
+        # Whether bytes without an encoding are text is for the target to say, record by record.
+        is_bytes = server_encoding(connection) == "SQL_ASCII"
+        self._to_stdout: LiteralString = (
+            "to stdout (encoding 'SQL_ASCII')" if is_bytes else "to stdout"
+        )
 
     def intake(self, after_id: int, size: int, ignored: Sequence[str]) -> Intake | None:
         """Return the next events after an id, at most `size`, whatever their tables; None when there are no more.
@@ -205,7 +218,9 @@ class Snapshot:
 
     def read_rows(self, part: Part, first_number: int) -> None:
         """Read the current rows of a part's records into `part.rows`, numbered from `first_number`, in key order."""
-        statement = _rows(self._relations[part.table], self._schema, of_events=not part.retried)
+        statement = _rows(
+            self._relations[part.table], self._schema, self._to_stdout, of_events=not part.retried
+        )
         parameters = {
             "first": first_number,
             "table_name": part.table,
@@ -241,8 +256,9 @@ class Snapshot:
         )
         statement = sql.SQL(
             "copy (select {first} + row_number() over () - 1, true, {columns} from {relation} as t "
-            "where ({names}) in ({wanted}) and ({condition})) to stdout"
+            "where ({names}) in ({wanted}) and ({condition})) {to_stdout}"
         ).format(
+            to_stdout=sql.SQL(self._to_stdout),
             first=first_number,
             columns=_columns(relation, "t"),
             relation=sql.Identifier(relation.schema, relation.name),
@@ -390,7 +406,9 @@ def opened(
 
 
 @lru_cache(maxsize=1024)
-def _rows(relation: Relation, schema: str, *, of_events: bool) -> LiteralString:
+def _rows(
+    relation: Relation, schema: str, to_stdout: LiteralString, *, of_events: bool
+) -> LiteralString:
     """Compose the COPY of the current rows of records: those of a table's events, or given ones.
 
     They are looked up by their keys: a planner that knows how many events there are would rather read the whole table.
@@ -426,8 +444,9 @@ def _rows(relation: Relation, schema: str, *, of_events: bool) -> LiteralString:
     from changed
     {joined}
     where t.tableoid is null or ({condition})
-) to stdout"""
+) {to_stdout}"""
         ).format(
+            to_stdout=sql.SQL(to_stdout),
             casts=sql.SQL(", ").join(
                 sql.SQL("{} as {}").format(cast, key) for cast, key in zip(casts, keys, strict=True)
             ),

@@ -22,14 +22,17 @@ AMONG = sql.SQL("s.n = any (%(numbers)s::bigint[]) and s.n between 0 and 9223372
 
 @dataclass(frozen=True)
 class TableStatements:
-    """How one table of the target is written. `textual`: the staging table holds text, cast where it is used.
+    """How one table of the target is written.
+
+    `raw`: the staging table holds texts whose bytes in this encoding, in which every byte is a character, are the
+    UTF-8 of the values. They are read where they are used, so that one that cannot be read fails alone.
 
     The numbers of the records that a statement takes are its parameters `first` and `last`.
     """
 
     relation: Relation
     stage_name: str
-    textual: bool = False
+    raw: LiteralString | None = None
     first: LiteralString = "%(first)s"
     last: LiteralString = "%(last)s"
 
@@ -67,21 +70,45 @@ class TableStatements:
         A cast to a domain would cut a value that is too long; the assignment to the column refuses it.
         """
         value = sql.SQL(f"{alias}.c{self.relation.fields.index(field)}")
-        cast = "::" + self.relation.columns[field].type_name if self.textual else ""
-        return sql.SQL("{}" + cast).format(value)
+        if self.raw is None:
+            return sql.Composed([value])
+        return sql.SQL("{}::" + self.relation.columns[field].type_name).format(self._read(value))
+
+    def _bytes(self, value: sql.Composable) -> sql.Composed:
+        return sql.SQL("pg_catalog.convert_to({}, {})").format(value, self.raw)
+
+    def _read(self, value: sql.Composable) -> sql.Composed:
+        return sql.SQL("pg_catalog.convert_from({}, 'UTF8')").format(self._bytes(value))
 
     def record_id(self, alias: str = "s") -> sql.Composed:
         """The text of a staged record's key, as `sync_events` has it."""
-        # Staged as text because a value is not readable in the target's type: then a cast would fail again.
+        return record_id(
+            self.relation,
+            {
+                field: self._read(value) if self._is_kept_raw(field) else self.staged(field, alias)
+                for field, value in self._keys(alias).items()
+            },
+        )
+
+    @property
+    def _bytes_of_id(self) -> sql.Composed:
+        """The UTF-8 of a staged record's id, even where the target has not all of its characters."""
         keys = {
-            field: sql.Composed([sql.SQL(f"{alias}.c{index}")])
-            if self.textual
-            and self.relation.columns[field].type_name
-            not in {"numeric", "real", "double precision"}
-            else self.staged(field, alias)
-            for index, field in enumerate(self.relation.key)
+            field: sql.Composed([value]) if self._is_kept_raw(field) else self.staged(field)
+            for field, value in self._keys("s").items()
         }
-        return record_id(self.relation, keys)
+        text = record_id(self.relation, keys)
+        return text if self.raw is None else self._bytes(text)
+
+    def _is_kept_raw(self, field: str) -> bool:
+        """Whether the id takes the text of a key as it was staged: a cast could fail again."""
+        numbers = {"numeric", "real", "double precision"}
+        return self.raw is not None and self.relation.columns[field].type_name not in numbers
+
+    def _keys(self, alias: str) -> dict[str, sql.SQL]:
+        return {
+            field: sql.SQL(f"{alias}.c{index}") for index, field in enumerate(self.relation.key)
+        }
 
     def is_key(self, text: sql.Composable, schema: str) -> sql.Composed:
         """True when a text is a key of this table: safe to be read as one."""
@@ -111,17 +138,31 @@ class TableStatements:
     def create_stage(self) -> sql.Composed:
         """Create the staging table of this session."""
         columns = sql.SQL(", ").join(
-            sql.SQL(f"c{index} " + ("text" if self.textual else column.type_name))
+            sql.SQL(f"c{index} " + ("text" if self.raw else column.type_name))
             for index, column in enumerate(self.relation.columns.values())
         )
-        return sql.SQL(
+        table = sql.SQL(
             "create temporary table if not exists {} (n bigint, present boolean, {}) on commit delete rows"
         ).format(sql.Identifier(self.stage_name), columns)
+        if self.raw is None:
+            return table
+        return sql.SQL("{}; create index if not exists {} on {} (n)").format(
+            table, sql.Identifier(f"{self.stage_name}_n"), self.stage
+        )
 
     @property
     def copy_in(self) -> sql.Composed:
         """Load rows into the staging table."""
-        return sql.SQL("copy {} from stdin").format(self.stage)
+        if self.raw is None:
+            return sql.SQL("copy {} from stdin").format(self.stage)
+        return sql.SQL("copy {} from stdin (encoding {})").format(self.stage, self.raw)
+
+    @property
+    def read_each(self) -> sql.Composed:
+        """Read every value of the records numbered from $1 to $2."""
+        return sql.SQL("select count(row({})) from {} as s where s.n between $1 and $2").format(
+            sql.SQL(", ").join(self.staged(field) for field in self.relation.fields), self.stage
+        )
 
     @property
     def compared(self) -> list[str]:
@@ -474,10 +515,17 @@ class TableStatements:
 
     @property
     def ids_of(self) -> sql.Composed:
-        """Return number and id of some staged records."""
+        """Return number and id of some staged records; of raw ones the UTF-8 of the id."""
         return sql.SQL(
             "select s.n, {} from {} as s where s.n = any (%(numbers)s::bigint[])"
-        ).format(self.record_id(), self.stage)
+        ).format(self._bytes_of_id, self.stage)
+
+    @property
+    def gone_among(self) -> sql.Composed:
+        """Return the numbers of those of some staged records that are gone on the source."""
+        return sql.SQL(
+            "select n from {} where n = any (%(numbers)s::bigint[]) and not present"
+        ).format(self.stage)
 
     @property
     def unstage(self) -> sql.Composed:

@@ -1,9 +1,9 @@
 """The verbs and nouns that tests are written in."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -117,6 +117,24 @@ class Pair:
     def environment(self) -> dict[str, str]:
         """The variables that the configuration reads."""
         return {dsn_variable(node.name): node.dsn for node in self.nodes}
+
+
+@contextmanager
+def encoded(pair: Pair, *, crm: str, billing: str) -> Iterator[Pair]:
+    """Yield a pair of empty databases of these encodings on the servers of another pair."""
+    with ExitStack() as exits:
+        nodes = []
+        for node, encoding in zip(pair.nodes, (crm, billing), strict=True):
+            name = f"{node.connection.info.dbname}_{encoding}"
+            node.execute(
+                f"create database {name} template template0 encoding {encoding} locale 'C'"
+            )
+            exits.callback(node.execute, f"drop database {name} with (force)")
+            dsn = psycopg.conninfo.make_conninfo(
+                node.dsn, dbname=name, options="-c client_encoding=utf8"
+            )
+            nodes.append(exits.enter_context(closing(Node(node.name, dsn, node.server))))
+        yield replace(pair, crm=nodes[0], billing=nodes[1])
 
 
 class Cluster:

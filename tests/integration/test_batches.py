@@ -186,3 +186,29 @@ def test_a_batch_that_reaches_for_more_stands_before_one_with_a_key_that_is_none
     assert texts(pair.billing, "children", "id") == ["(1)", "(2)", "(3)", "(4)"]
     assert pair.crm.pending() == 0
     assert [(table, record) for table, record, *_ in failures(pair.crm)] == [("children", "none")]
+
+
+def test_a_parent_that_cannot_be_read_is_not_reached_for_and_stops_nobody_else(pair: Pair) -> None:
+    for node in pair.nodes:
+        node.execute("create type mood as enum ('sad')")
+    parents = "create table parents (id int primary key, mood mood);"
+    children = "create table children (id int primary key, parent int not null references parents)"
+    link(pair, parents + children, "children", "parents", batch_size=2)
+    pair.crm.execute("alter type mood add value 'happy'")
+    pair.crm.execute("insert into parents values (1, 'sad'), (2, 'happy'), (3, 'sad')")
+    pair.crm.execute("insert into children values (1, 1), (2, 2), (3, 3)")
+    pair.crm.execute("truncate sync.sync_events")
+    for mark in ["children 1", "children 2", "children 3", "parents 1", "parents 2", "parents 3"]:
+        pair.crm.execute(
+            "insert into sync.sync_events (table_name, record_id, event_type) values (%s, %s, 'update')",
+            *mark.split(),
+        )
+    sync_pair(pair)
+    assert texts(pair.billing, "parents", "id") == ["(1)", "(3)"]
+    assert pair.crm.pending() == 0
+    assert ("parents", "2", "22P02") in [failure[:3] for failure in failures(pair.crm)]
+    pair.billing.execute("alter type mood add value 'happy'")
+    for _ in range(2):
+        pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+        sync_pair(pair)
+    converge(pair, "parents", "children")

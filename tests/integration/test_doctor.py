@@ -14,7 +14,7 @@ from sync_pipeline.node_checks import OLDEST_VERSION
 from sync_pipeline.records import Finding
 from sync_pipeline.servers import Setting
 from tests.engine import config_of, equal, installed
-from tests.helpers import Cluster, Node, Pair, shift_clock, write_config
+from tests.helpers import Cluster, Node, Pair, encoded, shift_clock, write_config
 from tests.replicas import Replica, replicable, short_directory, until
 
 pytestmark = pytest.mark.core
@@ -417,16 +417,10 @@ def test_two_versions_of_postgresql_are_worth_knowing_and_no_obstacle(
 def test_an_encoding_that_cannot_hold_everything_is_named(
     pair: Pair, encodings: tuple[str, str], message: str
 ) -> None:
-    nodes = []
-    for node, encoding in zip(pair.nodes, encodings, strict=True):
-        name = f"{node.connection.info.dbname}_{encoding}"
-        node.execute(f"create database {name} template template0 encoding {encoding} locale 'C'")
-        nodes.append(replace(node, dsn=psycopg.conninfo.make_conninfo(node.dsn, dbname=name)))
+    crm, billing = encodings
+    with encoded(pair, crm=crm, billing=billing) as other:
+        finding = only(other, "encoding")
 
-    finding = only(replace(pair, crm=nodes[0], billing=nodes[1]), "encoding")
-
-    for node, other in zip(pair.nodes, nodes, strict=True):
-        node.execute(f"drop database {psycopg.conninfo.conninfo_to_dict(other.dsn)['dbname']}")
     assert finding.level == "warning"
     assert message in finding.message
     assert "UTF8" in finding.remedy

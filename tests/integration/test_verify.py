@@ -19,7 +19,7 @@ from sync_pipeline.database import connected
 from sync_pipeline.errors import ConfigurationError, NotInstalled, SyncPipelineError
 from tests import shapes
 from tests.engine import accused, config_of, equal, installed, repaired, sync_pair, verified
-from tests.helpers import Node, Pair
+from tests.helpers import Node, Pair, encoded
 
 pytestmark = pytest.mark.core
 
@@ -471,26 +471,14 @@ def test_composite_and_textual_keys_are_compared_whatever_their_text(pair: Pair)
 
 
 @pytest.fixture
-def latin(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
+def latin(pair: Pair) -> Iterator[Pair]:
     """The pair with billing in a database of another encoding and another collation."""
-    name = f"{pair.billing.connection.info.dbname}_latin"
-    pair.billing.execute(
-        f"create database {name} template template0 encoding latin1 locale 'C'"  # a name of our own
-    )
-    dsn = psycopg.conninfo.make_conninfo(pair.billing.dsn, dbname=name)
-    billing = Node("billing", dsn, pair.billing.server)
-    latin = Pair(pair.crm, billing, pair.config_path)
-    try:
+    with encoded(pair, crm="utf8", billing="latin1") as latin:
         yield latin
-    finally:
-        billing.close()
-        pair.billing.execute(f"drop database {name} with (force)")
 
 
 def test_databases_of_different_encodings_are_compared_by_their_characters(latin: Pair) -> None:
     shapes.link(latin, "create table items (id text primary key, name text)", "items")
-    for node in latin.nodes:
-        node.execute("set client_encoding = utf8")
     on_both(latin, "insert into items select chr(i), 'é' || i from generate_series(192, 255) as i")
     on_both(latin, "insert into items select chr(i), 'é' || i from generate_series(65, 90) as i")
     assert verified(latin).equal
