@@ -415,6 +415,12 @@ from (
 ) as changes
 group by record_id
 
+-- name: read_record_ids
+-- The records of a table that have events in a range of ids.
+select distinct record_id
+from {schema}.sync_events
+where id between %(first_id)s and %(last_id)s and table_name = %(table_name)s
+
 -- name: read_invalid_keys
 -- Records of a table whose text is no value of the key's type, or no array of values for a composite key.
 select record_id

@@ -6,9 +6,9 @@ from typing import Any
 
 from sync_pipeline import queries
 from sync_pipeline.config import RetryConfig
-from sync_pipeline.database import Connection, query, scalar, server_encoding
+from sync_pipeline.database import DATA_CLASSES, Connection, query, scalar, server_encoding
 from sync_pipeline.records import Failure, Relation
-from sync_pipeline.snapshot import EMPTY, count
+from sync_pipeline.snapshot import EMPTY, Part, count, one_row
 
 
 @dataclass(slots=True)
@@ -107,6 +107,32 @@ def set_aside_invalid_keys(connection: Connection, schema: str, relation: Relati
         [row[0] for row in rows],
         "22P02",
         f"the record_id is no key of {relation.table}: expected {expected}",
+    )
+
+
+def set_aside_unreadable(
+    connection: Connection, schema: str, relation: Relation, part: Part
+) -> int:
+    """Move the records of a part whose rows cannot be read out of the way, with the reason; return how many."""
+    record_ids = list(part.retried)
+    if not record_ids:
+        bounds = {"table_name": part.table, "first_id": part.first_id, "last_id": part.last_id}
+        found = connection.execute(query(queries.get("read_record_ids", schema)), bounds)
+        record_ids = [record_id for (record_id,) in found.fetchall()]
+    tried = connection.execute(
+        query(queries.get("try_each", schema)),
+        {
+            "statement": one_row(relation, record_ids).as_string(connection),
+            "numbers": list(range(1, len(record_ids) + 1)),
+            "data_classes": sorted(DATA_CLASSES),
+        },
+    ).fetchall()
+    return sum(
+        _set_aside(
+            connection, schema, part.table, [record_ids[number - 1]], sqlstate, message[:500]
+        )
+        for number, _, sqlstate, message, _ in tried
+        if sqlstate is not None
     )
 
 

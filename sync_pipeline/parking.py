@@ -9,6 +9,7 @@ is moved only where its children go along and come back (ON UPDATE CASCADE), or 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import psycopg
 from psycopg import sql
@@ -91,8 +92,7 @@ def holders(applier: Applier, table: str) -> list[Holder]:
             stage=statements.stage,
             same_key=_same("blocked", statements),
         )
-        with applier.connection.cursor(row_factory=class_row(Holder)) as cursor:
-            found += cursor.execute(statement).fetchall()
+        found += [Holder(*row) for row in _asked(applier, statement)]
     return found
 
 
@@ -114,8 +114,19 @@ def outsiders(applier: Applier, table: str, schema: str) -> list[str]:
             failures=sql.Identifier(schema, "sync_failures"),
             table=table,
         )
-        found |= dict.fromkeys(rid for (rid,) in applier.connection.execute(statement))
+        found |= dict.fromkeys(rid for (rid,) in _asked(applier, statement))
     return list(found)
+
+
+def _asked(applier: Applier, statement: sql.Composed) -> list[tuple[Any, ...]]:
+    """Return what a look finds; nothing where an expression of the index does not accept a staged record."""
+    try:
+        with applier.connection.transaction():
+            return applier.connection.execute(statement).fetchall()
+    except psycopg.Error as error:
+        if error_class(error) != "data":
+            raise
+        return []
 
 
 def sit_out(applier: Applier, refused: Sequence[Refusal]) -> None:

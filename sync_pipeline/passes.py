@@ -96,14 +96,14 @@ class Pass:
             if self._first.oldest_at is not None:
                 lag = (self._snapshot.read_at - self._first.oldest_at).total_seconds()
                 self.report.lag_seconds = max(lag, 0.0)
-            with self._invalid_keys_end_the_pass():
+            with self._unreadable_records_end_the_pass():
                 self._read(self._first, self._dependents)
         return self.report
 
     def process_parents(self) -> DirectionReport:
         """Read what the first batch takes of parents, from the same snapshot; upsert them on the target."""
         if self._first is not None and not self._ended:
-            with self._invalid_keys_end_the_pass():
+            with self._unreadable_records_end_the_pass():
                 with closing(self._first):
                     self._read(self._first, self._parents)
                     self._batch = self._staged(self._first)
@@ -118,7 +118,7 @@ class Pass:
         """Process dependents and deletes, then all further batches; wait until the source has acknowledged them."""
         if self._ended:
             return self.report
-        with self._invalid_keys_end_the_pass():
+        with self._unreadable_records_end_the_pass():
             if self._batch is not None and self._ahead is not None:
                 last = self._batch
                 self._commit(last)
@@ -201,20 +201,23 @@ class Pass:
             second = not second
 
     @contextmanager
-    def _invalid_keys_end_the_pass(self) -> Iterator[None]:
-        """Set aside events whose key is no key, found when the read of a batch fails; the next pass does the rest."""
+    def _unreadable_records_end_the_pass(self) -> Iterator[None]:
+        """Set aside what made the read of a batch fail; the next pass does the rest."""
         try:
             yield
         except ReadFailed as failure:
-            outdated = partial(self.link.is_outdated, self.source, failure.table)
+            table = failure.part.table
+            outdated = partial(self.link.is_outdated, self.source, table)
             if self._acknowledger.run(outdated):
                 raise CatalogMismatch(
-                    "its columns have changed", node=self.source, table=failure.table
+                    "its columns have changed", node=self.source, table=table
                 ) from failure
-            relation = self._catalog.relation(self.source, failure.table)
-            moved = self._acknowledger.run(
-                partial(outbox.set_aside_invalid_keys, self._side.writer, self._schema, relation)
-            )
+            where = self._side.writer, self._schema, self._catalog.relation(self.source, table)
+            moved = self._acknowledger.run(partial(outbox.set_aside_invalid_keys, *where))
+            if not moved:
+                moved = self._acknowledger.run(
+                    partial(outbox.set_aside_unreadable, *where, failure.part)
+                )
             if not moved:
                 raise
             self.report.set_aside += moved

@@ -131,11 +131,11 @@ class _TableEvents:
 
 
 class ReadFailed(Exception):
-    """The rows of a batch could not be read because of a value: most likely an event whose key is no key."""
+    """A part could not be read because of a value: a key that is none, a row for which its table's `where` fails."""
 
-    def __init__(self, table: str) -> None:
-        super().__init__(f"cannot read the records of {table}")
-        self.table = table
+    def __init__(self, part: Part) -> None:
+        super().__init__(f"cannot read the records of {part.table}")
+        self.part = part
 
 
 class Snapshot:
@@ -232,7 +232,7 @@ class Snapshot:
             self._fill(part, statement, first_number, parameters)
         except psycopg.Error as error:
             if error_class(error) == "data":
-                raise ReadFailed(part.table) from error
+                raise ReadFailed(part) from error
             raise
 
     def rows_of(
@@ -242,7 +242,10 @@ class Snapshot:
         values: Sequence[tuple[str, ...]],
         first_number: int,
     ) -> Part:
-        """Read the rows whose `fields` have one of these values (as text): records that a batch turns out to need."""
+        """Read the rows whose `fields` have one of these values (as text): records that a batch turns out to need.
+
+        None of them where one cannot be read, which is told when its own batch is.
+        """
         relation = self._relations[table]
         columns = [relation.columns[name] for name in fields]
         wanted = sql.SQL(", ").join(
@@ -269,7 +272,12 @@ class Snapshot:
             condition=sql.SQL(relation.where or "true"),
         )
         part = Part(table)
-        self._fill(part, statement, first_number)
+        try:
+            self._fill(part, statement, first_number)
+        except psycopg.Error as error:
+            if error_class(error) != "data":
+                raise
+            return Part(table)
         return part
 
     def changes(self, part: Part, record_ids: list[str]) -> dict[str, Change]:
@@ -494,6 +502,22 @@ def _chunk(pgconn: pq.abc.PGconn) -> PQGen[list[bytes]]:
                 if result.status != pq.ExecStatus.COMMAND_OK:
                     raise psycopg.errors.error_from_result(result)
     return rows
+
+
+def one_row(relation: Relation, record_ids: Sequence[str]) -> sql.Composed:
+    """Compose a read of the row of the record at position $1 (and $2) of a list, as a batch reads it."""
+    record_id = sql.SQL("({}::text[])[$1]").format(list(record_ids))
+    return sql.SQL(
+        "select count(row({columns}, ({condition}))) from {relation} as t where {same_key} and $1 = $2"
+    ).format(
+        columns=_columns(relation, "t"),
+        condition=sql.SQL(relation.where or "true"),
+        relation=sql.Identifier(relation.schema, relation.name),
+        same_key=sql.SQL(" and ").join(
+            sql.SQL("t.{} = {}").format(sql.Identifier(relation.columns[field].name), value)
+            for field, value in zip(relation.key, key_values(relation, record_id), strict=True)
+        ),
+    )
 
 
 def _columns(relation: Relation, alias: str, keys: Sequence[sql.Identifier] = ()) -> sql.Composed:

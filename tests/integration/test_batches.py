@@ -212,3 +212,24 @@ def test_a_parent_that_cannot_be_read_is_not_reached_for_and_stops_nobody_else(p
         pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
         sync_pair(pair)
     converge(pair, "parents", "children")
+
+
+def test_a_row_for_which_the_condition_of_its_table_fails_is_set_aside_alone(pair: Pair) -> None:
+    children = {"name": "children", "where": {"crm": "word::int > 0"}}
+    link(pair, FAMILY, children, "parents", batch_size=3)
+    pair.crm.execute("insert into parents select n, 'old' from generate_series(1, 4) as n")
+    pair.crm.execute(
+        "insert into children values (1, 1, '1'), (2, 2, 'two'), (3, 3, '-3'), (4, 4, 'four'), (5, 4, '5')"
+    )
+    sync_pair(pair)
+    assert texts(pair.billing, "children", "id") == ["(1)", "(5)"]
+    assert len(texts(pair.billing, "parents")) == 4
+    assert pair.crm.pending() == 0
+    states = "select record_id, state, error_class from sync.sync_failures order by record_id"
+    assert pair.crm.rows(states) == [("2", "dead", "22P02"), ("4", "dead", "22P02")]
+    # One that is retried as it is fails again, beside others that are in order.
+    pair.crm.execute("update sync.sync_failures set state = 'retrying', next_attempt_at = now()")
+    pair.crm.execute("update children set word = '2' where id = 2")
+    sync_pair(pair)
+    assert texts(pair.billing, "children", "id") == ["(1)", "(2)", "(5)"]
+    assert pair.crm.rows(states) == [("4", "dead", "22P02")]

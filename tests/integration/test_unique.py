@@ -553,3 +553,21 @@ def test_a_unique_value_whose_children_would_not_come_back_is_not_parked(
     assert [row[1:3] for row in failures(pair.crm)] == [("1", "23505"), ("2", "23505")]
     assert texts(pair.billing, "kinds") == ["(1,a)", "(2,b)"]
     assert pair.billing.rows("select * from items where code is null") == []
+
+
+def test_an_index_whose_expression_does_not_accept_a_record_stops_no_other_one(pair: Pair) -> None:
+    link(pair, "create table docs (id int primary key, name text unique, data jsonb)", "docs")
+    pair.billing.execute("create unique index on docs (((data ->> 'n')::int))")
+    pair.billing.execute("insert into docs values (4, 'taken', null)")
+    sync_pair(pair)
+    pair.crm.execute("delete from docs; truncate sync.sync_events")
+    pair.crm.execute(
+        """insert into docs values (1, 'one', '{"n": "x"}'), (2, 'taken', null), (3, 'three', '{"n": 3}')"""
+    )
+    sync_pair(pair)
+    assert texts(pair.billing, "docs", "id") == ["(3)", "(4)"]
+    assert pair.crm.pending() == 0
+    assert [failure[:3] for failure in failures(pair.crm)] == [
+        ("docs", "1", "22P02"),
+        ("docs", "2", "23505"),
+    ]
