@@ -8,6 +8,8 @@ from tests.engine import sync_pair
 from tests.helpers import Node, Pair, encoded
 from tests.shapes import converge, failures, link, texts
 
+pytestmark = pytest.mark.core
+
 EURO = "\u20ac"
 UNTRANSLATABLE = "22P05"
 INVALID = "22021"
