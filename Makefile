@@ -22,14 +22,15 @@ help: ## list these targets
 
 setup: $(STAMP) ## create .venv with the program and everything its tests need
 
-# The stamp is written last, so an interrupted installation is done again.
+# The stamp is written last, so an interrupted installation is done again. `--no-compile`: most of what is installed
+# with Dagster is never imported, and Python compiles the rest when it is.
 # `--no-build-isolation` builds with the locked hatchling; an isolated build would take whichever is newest.
 $(STAMP): pyproject.toml requirements.lock
 	@test -n "$(PYTHON)" || { echo "make setup needs Python 3.11 or newer on the PATH; found: $$(python3 --version 2>&1)" >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV) (a minute or two the first time)"
 	@$(BIN)/python -m pip install -qq --constraint requirements.lock hatchling
-	@$(BIN)/python -m pip install -qq --constraint requirements.lock --no-build-isolation --editable '.[demo,dev,docs]'
+	@$(BIN)/python -m pip install -qq --no-compile --constraint requirements.lock --no-build-isolation --editable '.[demo,dev,docs]'
 	@touch $@
 	@echo "ready: $(BIN)/sync-pipeline"
 

@@ -18,7 +18,7 @@ from tests.engine import installed
 from tests.helpers import Pair, write_config
 from tests.program import line_with, running, stop
 
-PASSWORD = "hush/4711 é"  # %-escapes in a URI, quotes in the other form
+PASSWORD = "hush/murmur é"  # %-escapes in a URI, quotes in the other form
 PRIVATE = "private-0815"
 UNREACHABLE = [
     "postgresql://postgres:{}@127.0.0.1:1/nothing",
@@ -26,11 +26,11 @@ UNREACHABLE = [
     "postgresql://postgres:{}@127.0.0.1:1,127.0.0.1:2/nothing?target_session_attrs=read-write",
     "postgresql://postgres@127.0.0.1:1/nothing?password={}",
     "postgresql://postgres:{}@[::1/nothing",
-    "postgresql://postgres:hush@{}/4711@127.0.0.1:1/nothing",
+    "postgresql://postgres:hush@{}/murmur@127.0.0.1:1/nothing",
     "postgresql://postgres:{}",
     "password={}",
 ]
-SPELLINGS = ("hush", PASSWORD, "hush%2F4711%20%C3%A9", "hush/4711", "hush%2F4711", "4711")
+SPELLINGS = ("hush", PASSWORD, "hush%2Fmurmur%20%C3%A9", "hush/murmur", "hush%2Fmurmur", "murmur")
 
 
 def with_password(pair: Pair) -> Pair:

@@ -31,7 +31,7 @@ from tests.model import LoggedConflict, Model, Record, Work
 from tests.shapes import link
 
 EXAMPLES = [
-    pytest.param(int(os.environ.get("CONVERGENCE_EXAMPLES", "60")), id="short"),
+    pytest.param(int(os.environ.get("CONVERGENCE_EXAMPLES", "40")), id="short"),
     pytest.param(2_000, id="long", marks=[pytest.mark.soak, pytest.mark.timeout(6 * 3600)]),
 ]
 STEPS = 30
