@@ -74,6 +74,8 @@ def leave_out_unreadable(applier: Applier, schema: str, part: Part) -> list[Fail
         for number, _, sqlstate, message, detail in rows
         if sqlstate is not None
     ]
+    if not refused:
+        return []
     numbers = [refusal.number for refusal in refused]
     gone = applier.connection.execute(statements.gone_among, {"numbers": numbers}).fetchall()
     failures = applier.failures(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sync_pipeline import queries
+from sync_pipeline.applier import bounded
 from sync_pipeline.config import RetryConfig
 from sync_pipeline.database import DATA_CLASSES, Connection, query, scalar, server_encoding
 from sync_pipeline.records import Failure, Relation
@@ -129,9 +130,14 @@ def set_aside_unreadable(
     ).fetchall()
     return sum(
         _set_aside(
-            connection, schema, part.table, [record_ids[number - 1]], sqlstate, message[:500]
+            connection,
+            schema,
+            part.table,
+            [record_ids[number - 1]],
+            sqlstate,
+            bounded(sqlstate, message, detail),
         )
-        for number, _, sqlstate, message, _ in tried
+        for number, _, sqlstate, message, detail in tried
         if sqlstate is not None
     )
 

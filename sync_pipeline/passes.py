@@ -212,11 +212,11 @@ class Pass:
                 raise CatalogMismatch(
                     "its columns have changed", node=self.source, table=table
                 ) from failure
-            where = self._side.writer, self._schema, self._catalog.relation(self.source, table)
-            moved = self._acknowledger.run(partial(outbox.set_aside_invalid_keys, *where))
+            at = self._side.writer, self._schema, self._catalog.relation(self.source, table)
+            moved = self._acknowledger.run(partial(outbox.set_aside_invalid_keys, *at))
             if not moved:
                 moved = self._acknowledger.run(
-                    partial(outbox.set_aside_unreadable, *where, failure.part)
+                    partial(outbox.set_aside_unreadable, *at, failure.part)
                 )
             if not moved:
                 raise
