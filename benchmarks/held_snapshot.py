@@ -1,14 +1,14 @@
 """Drain and poll while somebody holds an old snapshot, so that no vacuum can remove a million consumed events.
 
-A worker that has led for a while drains and polls, as `stream` does; the drains without a snapshot come half before and
-half after the others. A worker that begins while the snapshot is held passes all dead events once; it has figures of
-its own.
+Beside a second link, whose databases have consumed as many events while nobody holds one; the two take turns. Both are
+drained and polled by a worker that has led for a while, as `stream` does. A worker that begins while the snapshot is
+held passes all dead events once; it has figures of its own.
 """
 
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import psycopg
 
@@ -23,43 +23,39 @@ POLLS = 100
 
 
 def measure(arena: Arena, options: Options) -> list[Figure]:
-    """Drain a backlog and poll an empty one, before and while the snapshot is held."""
+    """Drain backlogs and poll empty ones, where the snapshot is held and where none is."""
     rows, records = options.of(200_000), options.of(50_000)
     workload = workloads.single_updates(records, rows)
-    with arena.link("held", workload.schema, workload.tables) as databases:
-
-        def sample(link: Link, mark: str, rounds: int) -> list[float]:
-            rates = []
-            for number in range(rounds):
-                drain.make(databases, workload, f"{mark} {number}")
-                rates.append(records / _run(link))
-                databases.require_equal(workload.tables)
-            return rates
-
-        half = (options.rounds + 1) // 2
-        with lead(databases.config()) as link:
-            free_polls = _polls(link, options.rounds)
-            free = sample(link, "before", half)
-        with _held(databases):
-            with lead(databases.config()) as link:
+    with ExitStack() as stack:
+        held, free = (
+            stack.enter_context(arena.link(name, workload.schema, workload.tables))
+            for name in ("held", "free")
+        )
+        rates: dict[str, list[float]] = {"held": [], "free": []}
+        polls: dict[str, list[float]] = {"held": [], "free": []}
+        stack.enter_context(_held(held))
+        with lead(held.config()) as one, lead(free.config()) as other:
+            turns = [(held, one), (free, other)]
+            for databases, link in turns:
                 _consume(databases, link, options.of(EVENTS), rows)
-                held_polls = _polls(link, options.rounds)
-                held = sample(link, "held", options.rounds)
-            beginning = drain.drain(databases, workload, "begins")
-            with lead(databases.config()) as link:
-                fresh_polls = _polls(link, options.rounds)
-            drain.make(databases, workload, "profiled")
-            profile = stages.profiled(databases)
-        with lead(databases.config()) as link:
-            free += sample(link, "after", half)
-            free_polls += _polls(link, options.rounds)
-    figures.progress(f"    free {free}, held {held}")
+            for number in range(options.rounds):
+                for databases, link in turns[:: 1 if number % 2 == 0 else -1]:
+                    polls[databases.name].append(_poll(link))
+                    drain.make(databases, workload, f"round {number}")
+                    rates[databases.name].append(records / _run(link))
+                    databases.require_equal(workload.tables)
+        beginning = drain.drain(held, workload, "begins")
+        with lead(held.config()) as link:
+            fresh_poll = _poll(link)
+        drain.make(held, workload, "profiled")
+        profile = stages.profiled(held)
+    figures.progress(f"    {rates}, {polls}")
     return [
-        Figure("drain without an old snapshot", free, "records/s"),
-        Figure("drain with one held", held, "records/s"),
+        Figure("drain without an old snapshot", rates["free"], "records/s"),
+        Figure("drain with one held", rates["held"], "records/s"),
         Figure(
             "drain with an old snapshot ÷ without",
-            [mine / statistics.median(free) for mine in held],
+            [mine / theirs for mine, theirs in zip(rates["held"], rates["free"], strict=True)],
             at_least=0.9,
         ),
         Figure(
@@ -68,14 +64,14 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
             "records/s",
             details={"profile": profile},
         ),
-        Figure("poll without an old snapshot", free_polls, "ms"),
-        Figure("poll with one held", held_polls, "ms"),
+        Figure("poll without an old snapshot", polls["free"], "ms"),
+        Figure("poll with one held", polls["held"], "ms"),
         Figure(
             "poll rate with an old snapshot ÷ without",
-            [statistics.median(free_polls) / mine for mine in held_polls],
+            [theirs / mine for mine, theirs in zip(polls["held"], polls["free"], strict=True)],
             at_least=0.9,
         ),
-        Figure("poll with one held, by a worker that just began", fresh_polls, "ms"),
+        Figure("poll with one held, by a worker that just began", [fresh_poll], "ms"),
     ]
 
 
@@ -105,17 +101,14 @@ def _run(link: Link) -> float:
     return time.perf_counter() - started
 
 
-def _polls(link: Link, rounds: int) -> list[float]:
-    """Milliseconds of a look at an empty backlog, the median of many, `rounds` times."""
-    medians = []
-    for _ in range(rounds):
-        samples = []
-        for _ in range(POLLS):
-            started = time.perf_counter()
-            passes.run(link)
-            samples.append(time.perf_counter() - started)
-        medians.append(statistics.median(samples) * 1000)
-    return medians
+def _poll(link: Link) -> float:
+    """Milliseconds of a look at an empty backlog, the median of many."""
+    samples = []
+    for _ in range(POLLS):
+        started = time.perf_counter()
+        passes.run(link)
+        samples.append(time.perf_counter() - started)
+    return statistics.median(samples) * 1000
 
 
 if __name__ == "__main__":

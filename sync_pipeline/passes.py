@@ -160,9 +160,12 @@ class Pass:
                 ignored += unknown
                 continue
             after = self._last_id = intake.last_id
+            is_full = intake.size == self._size
             if retries and intake.size + retries[0].size <= self._size:
                 intake.parts += retries.pop(0).parts
             yield intake
+            if not is_full:
+                break
         yield from (intake for intake in retries if intake.parts)
 
     def _known(self, intake: Intake) -> Intake:
