@@ -27,6 +27,7 @@ from sync_pipeline.database import (
     scalar,
     server_encoding,
 )
+from sync_pipeline.errors import PassInterrupted
 from sync_pipeline.records import Moment, Relation
 
 ROWS_IN_MEMORY_BYTES = 8 * 1024 * 1024
@@ -217,7 +218,10 @@ class Snapshot:
         return Part(table, retried=tuple(record_id for (record_id,) in rows)) if rows else None
 
     def read_rows(self, part: Part, first_number: int) -> None:
-        """Read the current rows of a part's records into `part.rows`, numbered from `first_number`, in key order."""
+        """Read the current rows of a part's records into `part.rows`, numbered from `first_number`, in key order.
+
+        Raises `PassInterrupted` where the snapshot no longer shows the rows of the table.
+        """
         statement = _rows(
             self._relations[part.table], self._schema, self._to_stdout, of_events=not part.retried
         )
@@ -230,6 +234,12 @@ class Snapshot:
         }
         try:
             self._fill(part, statement, first_number, parameters)
+        except psycopg.errors.ObjectNotInPrerequisiteState as error:
+            raise PassInterrupted(
+                f"{part.table} was truncated, rewritten or replaced while it was read",
+                node=self._relations[part.table].node,
+                remedy="the next pass reads it again",
+            ) from error
         except psycopg.Error as error:
             if error_class(error) == "data":
                 raise ReadFailed(part) from error
@@ -448,7 +458,7 @@ def _rows(
         sql.SQL(
             """copy (
     with changed as materialized (select distinct {casts} from {changed})
-    select %(first)s + row_number() over (order by {keys}) - 1, t.tableoid is not null, {columns}
+    select %(first)s + row_number() over (order by {keys}) - 1, {present}, {columns}
     from changed
     {joined}
     where t.tableoid is null or ({condition})
@@ -460,6 +470,11 @@ def _rows(
             ),
             changed=changed,
             keys=sql.SQL(", ").join(sql.SQL("changed.{}").format(key) for key in keys),
+            # Asked once, and only when a row is not there.
+            present=sql.SQL("t.tableoid is not null or (select {}({}::regclass))").format(
+                sql.Identifier(schema, "has_lost_rows"),
+                sql.Identifier(relation.schema, relation.name).as_string(None),
+            ),
             columns=_columns(relation, "t", keys),
             joined=joined.format(
                 relation=sql.Identifier(relation.schema, relation.name),

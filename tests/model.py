@@ -100,11 +100,6 @@ class Model:
             side.ledger = []
         self._snapshot = deepcopy(self.sides[source])
 
-    def forget(self, table: str) -> None:
-        """Take the rows of a table out of the snapshot."""
-        rows = self._snapshot.rows
-        self._snapshot.rows = {record: row for record, row in rows.items() if record[0] != table}
-
     def apply(self, source: str) -> None:
         """Apply what the snapshot holds to the other node and commit it there with its ledger row."""
         name = self._other[source]

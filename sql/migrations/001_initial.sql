@@ -174,6 +174,26 @@ as $$
     group by table_name
 $$;
 
+-- False while the snapshot shows the rows that a table had then, an error where it does not: a table that was truncated,
+-- rewritten by ALTER TABLE or replaced by another since looks empty from an older snapshot.
+create function {schema}.has_lost_rows(of_table regclass) returns boolean
+language plpgsql stable
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+    if exists (
+        select from (select of_table::oid union select relid from pg_partition_tree(of_table)) as now (oid)
+        -- As the snapshot shows it; the function asks for the file of now.
+        left join pg_class as before on before.oid = now.oid
+        where before.relfilenode is distinct from coalesce(pg_relation_filenode(now.oid), 0)
+    ) then
+        raise exception 'rows of % are gone from the snapshot', of_table
+            using errcode = 'object_not_in_prerequisite_state';
+    end if;
+    return false;
+end
+$$;
+
 -- True when a text is a value of a type. Used to set aside events whose key is no key.
 create function {schema}.is_value(value text, type_name text) returns boolean
 language plpgsql
@@ -225,3 +245,4 @@ revoke all on function {schema}.has_events(bigint) from public;
 revoke all on function {schema}.events_after(bigint, text) from public;
 revoke all on function {schema}.events_about(bigint, text, text[]) from public;
 revoke all on function {schema}.next_events(bigint, text[], integer) from public;
+revoke all on function {schema}.has_lost_rows(regclass) from public;

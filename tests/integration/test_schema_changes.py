@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from sync_pipeline import passes
-from sync_pipeline.errors import CatalogMismatch, TableMissing
+from sync_pipeline.errors import CatalogMismatch, PassInterrupted, TableMissing
 from sync_pipeline.link import Link, lead
+from sync_pipeline.passes import Pass
 from tests.engine import equal, installed, sync_pair
 from tests.helpers import TABLES, Node, Pair, write_config
 
@@ -339,4 +340,76 @@ def test_a_column_dropped_while_rows_wait_is_left_out_of_them(pair: Pair, link: 
     pair.billing.insert("accounts", id=2, name="new")
     link.read_catalog()
     passes.run(link)
+    assert equal(pair)
+
+
+REPLACED = """create table new_accounts (like accounts including all);
+insert into new_accounts select * from accounts;
+drop table accounts cascade;
+alter table new_accounts rename to accounts"""
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "change",
+    [
+        "alter table accounts alter column plan type text using plan || '!'",
+        "truncate accounts cascade",
+        REPLACED,
+    ],
+    ids=["rewritten", "truncated", "replaced"],
+)
+def test_rows_that_a_snapshot_no_longer_shows_are_not_taken_for_deleted(
+    pair: Pair, link: Link, change: str
+) -> None:
+    pair.crm.execute("update accounts set name = 'two'")
+    with (
+        pytest.raises(PassInterrupted, match="accounts"),
+        passes.interruptions(),
+        Pass(link, "crm", "billing") as one,
+    ):
+        one.fetch_dependents()
+        # The accounts are read after this, from the snapshot that is open.
+        pair.crm.execute(change)
+        one.process_parents()
+
+    assert len(pair.billing.rows("accounts")) == len(pair.billing.rows("users")) == 1
+    installed(pair)
+    link.read_catalog()
+    while passes.run(link):
+        pass
+    assert equal(pair)
+
+
+def test_a_rewritten_partition_is_not_taken_for_empty(pair: Pair) -> None:
+    for node in pair.nodes:
+        node.execute(
+            """create table readings (id int primary key, value text) partition by range (id);
+            create table readings_low partition of readings for values from (0) to (10)"""
+        )
+    write_config(pair.config_path, ["readings"])
+    with lead(installed(pair)) as link:
+        pair.crm.execute("insert into readings values (1, 'one')")
+        passes.run(link)
+        pair.crm.execute("update readings set value = 'two'")
+        with (
+            pytest.raises(PassInterrupted, match="readings"),
+            passes.interruptions(),
+            Pass(link, "crm", "billing") as one,
+        ):
+            one.fetch_dependents()
+            pair.crm.execute("alter table readings alter column value type text using value || '!'")
+            one.process_parents()
+        passes.run(link)
+
+    assert pair.billing.rows("readings") == [(1, "two!")]
+
+
+def test_a_value_written_as_soon_as_both_have_the_column_is_sent(pair: Pair, link: Link) -> None:
+    for node in pair.nodes:
+        node.execute("alter table accounts add column city text")
+    installed(pair)
+    pair.crm.execute("update accounts set city = 'Ulm'")
+    passes.run(link)
+
     assert equal(pair)
