@@ -8,6 +8,7 @@ select
     namespace.nspname as schema_name,
     class.relname as table_name,
     class.relkind::text as kind,
+    class.relnatts::integer as width,
     class.relrowsecurity
         and (class.relforcerowsecurity or not pg_catalog.pg_has_role(class.relowner, 'usage'))
         and not (select rolbypassrls or rolsuper from pg_catalog.pg_roles where rolname = current_user)
@@ -344,12 +345,32 @@ from pg_catalog.pg_database
 where datname = pg_catalog.current_database()
 
 -- name: read_moment
--- The node's clock, to bound which events a batch of the ledger may match; is any failure due; what had ended by then.
+-- The node's clock, to bound which events a batch of the ledger may match; is any failure due; what had ended by then;
+-- how many columns some tables had ever had.
 select
     pg_catalog.clock_timestamp() as read_at,
     coalesce((select min(next_attempt_at) from {schema}.sync_failures) <= pg_catalog.clock_timestamp(), false)
         as failures_are_due,
-    pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint as oldest_running
+    pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint as oldest_running,
+    array(
+        select class.relnatts::integer
+        from unnest(%(tables)s::oid[]) with ordinality as asked (oid, position)
+        left join pg_catalog.pg_class as class on class.oid = asked.oid
+        order by asked.position
+    ) as widths
+
+-- name: begin_batch
+-- Settings of the transaction; the node's clock; how many columns some tables have ever had.
+select
+    pg_catalog.set_config(%(applying)s, %(schema)s, true),
+    pg_catalog.set_config('synchronous_commit', 'off', true),
+    pg_catalog.clock_timestamp(),
+    array(
+        select class.relnatts::integer
+        from unnest(%(tables)s::oid[]) with ordinality as asked (oid, position)
+        left join pg_catalog.pg_class as class on class.oid = asked.oid
+        order by asked.position
+    )
 
 -- name: read_poll
 -- What an idle consumer asks: does any event wait or is any failure due; and the oldest transaction that runs.

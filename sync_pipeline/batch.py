@@ -18,7 +18,7 @@ from sync_pipeline.database import error_class, query, scalar
 from sync_pipeline.errors import PassInterrupted
 from sync_pipeline.outbox import Outcome
 from sync_pipeline.records import Counts, Failure
-from sync_pipeline.snapshot import Change, Intake, Snapshot
+from sync_pipeline.snapshot import Change, Intake, Snapshot, require_widths
 from sync_pipeline.waiting import Dirty, Waiting
 
 MAX_ROUNDS = 8
@@ -98,6 +98,7 @@ class Batch:
 
     def _open(self, *, raw: bool) -> None:
         tables = dict.fromkeys(part.table for part in self.intake.parts)
+        relations = [self.applier.catalog.relation(self.target, table) for table in tables]
         self.applier.prepare(tables, raw=raw)
         self._transaction = self._stack.enter_context(
             self._connection.transaction(force_rollback=True)
@@ -106,11 +107,17 @@ class Batch:
         # not wait for the disk; the acknowledgement does.
         with clocks.reading() as self.clock:
             row = self._connection.execute(
-                "select pg_catalog.set_config(%s, %s, true), "
-                "pg_catalog.set_config('synchronous_commit', 'off', true), pg_catalog.clock_timestamp()",
-                [capture.APPLYING, self._schema],
+                query(queries.get("begin_batch", self._schema)),
+                {
+                    "applying": capture.APPLYING,
+                    "schema": self._schema,
+                    "tables": [relation.oid for relation in relations],
+                },
             ).fetchone()
-        self.clock.clock = row[2] if row else None
+        if row is None:
+            raise AssertionError("a query without a table returned no row")
+        self.clock.clock = row[2]
+        require_widths(relations, row[3])
         for part in self.intake.parts:
             self.applier.stage(part)
             self._failures += isolation.leave_out_unreadable(self.applier, self._schema, part)

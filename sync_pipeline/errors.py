@@ -152,6 +152,13 @@ class PassInterrupted(SyncPipelineError):
     """Retry after a backoff: a transient error ended the pass; it cost no record an attempt."""
 
 
+class ColumnsAdded(PassInterrupted):
+    """Read the catalogs again: a table has columns that nobody knew when they were read."""
+
+    def __init__(self, *, node: str) -> None:
+        super().__init__("a column was added to a synced table", node=node)
+
+
 class Stopped(SyncPipelineError):
     """End cleanly: someone asked the pipeline to stop."""
 

@@ -18,7 +18,7 @@ import psycopg
 from sync_pipeline import clocks, ledger, outbox, snapshot
 from sync_pipeline.batch import Batch
 from sync_pipeline.database import error_class, in_words
-from sync_pipeline.errors import CatalogMismatch, PassInterrupted
+from sync_pipeline.errors import CatalogMismatch, ColumnsAdded, PassInterrupted
 from sync_pipeline.link import Link
 from sync_pipeline.records import DirectionReport
 from sync_pipeline.snapshot import Intake, ReadFailed, Snapshot
@@ -340,11 +340,19 @@ def run(link: Link) -> list[DirectionReport]:
         with interruptions():
             if source.name not in link.unrecovered and not _has_work(link, source.name):
                 continue
-            with Pass(link, source.name, target.name) as one:
-                one.fetch_dependents()
-                one.process_parents()
-                reports.append(one.process_dependents())
+            try:
+                reports.append(_direction(link, source.name, target.name))
+            except ColumnsAdded:
+                link.read_catalog()
+                reports.append(_direction(link, source.name, target.name))
     return reports
+
+
+def _direction(link: Link, source: str, target: str) -> DirectionReport:
+    with Pass(link, source, target) as one:
+        one.fetch_dependents()
+        one.process_parents()
+        return one.process_dependents()
 
 
 def _has_work(link: Link, source: str) -> bool:

@@ -86,6 +86,8 @@ class Relation:
     partitions: tuple[tuple[str, str], ...]
     where: str | None
     row_security: bool
+    # How many columns the table has ever had: one more when one is added.
+    width: int
     missing_fields: tuple[str, ...] = ()
     # Columns that are never carried, whatever the other node has: excluded or generated ones.
     uncarried: tuple[str, ...] = ()
@@ -107,11 +109,15 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """When a snapshot was taken: the node's clock; all transactions before `oldest_running` had ended."""
+    """When a snapshot was taken: the node's clock; all transactions before `oldest_running` had ended.
+
+    `widths` tells of each synced table how many columns it had ever had; None where it is gone.
+    """
 
     read_at: datetime
     failures_are_due: bool
     oldest_running: int
+    widths: list[int | None]
 
 
 @dataclass(slots=True)

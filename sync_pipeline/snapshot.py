@@ -3,7 +3,7 @@
 import re
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -27,7 +27,7 @@ from sync_pipeline.database import (
     scalar,
     server_encoding,
 )
-from sync_pipeline.errors import PassInterrupted
+from sync_pipeline.errors import ColumnsAdded, PassInterrupted
 from sync_pipeline.records import Moment, Relation
 
 ROWS_IN_MEMORY_BYTES = 8 * 1024 * 1024
@@ -410,17 +410,28 @@ def count(ids: str) -> int:
 def opened(
     connection: Connection, schema: str, relations: Mapping[str, Relation]
 ) -> Iterator[Snapshot]:
-    """Hold one REPEATABLE READ READ ONLY transaction on the source for a `with` block."""
+    """Hold one REPEATABLE READ READ ONLY transaction on the source for a `with` block. Raises `ColumnsAdded`."""
     connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
     connection.read_only = True
     with connection.transaction():
         with clocks.reading() as read, connection.cursor(row_factory=class_row(Moment)) as cursor:
-            moment = cursor.execute(query(queries.get("read_moment", schema))).fetchone()
+            moment = cursor.execute(
+                query(queries.get("read_moment", schema)),
+                {"tables": [relation.oid for relation in relations.values()]},
+            ).fetchone()
         if moment is None:
             raise AssertionError("a query without a table returned no row")
+        require_widths(relations.values(), moment.widths)
         read.clock = moment.read_at
         connection.execute("savepoint opened")
         yield Snapshot(connection, schema, relations, moment, read)
+
+
+def require_widths(relations: Iterable[Relation], widths: Sequence[int | None]) -> None:
+    """Raise `ColumnsAdded` where a table has columns now that it had not when the catalogs were read."""
+    for relation, width in zip(relations, widths, strict=True):
+        if width is not None and width > relation.width:
+            raise ColumnsAdded(node=relation.node)
 
 
 @lru_cache(maxsize=1024)
