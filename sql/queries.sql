@@ -449,7 +449,7 @@ from (
     select record_id from {schema}.sync_events where table_name = %(table_name)s
     union
     select record_id from {schema}.sync_failures
-    where table_name = %(table_name)s and state = 'retrying'
+    where table_name = %(table_name)s and next_attempt_at is not null
 ) as waiting
 where case
     when pg_catalog.array_length(%(types)s::text[], 1) = 1
@@ -489,7 +489,7 @@ set state = 'dead',
     last_failed_at = pg_catalog.clock_timestamp()
 
 -- name: bury_invalid_failures
--- Failures that cannot be retried: their table is unknown or their key is no key.
+-- Failures that were to be retried and cannot be, also dead ones: their table is unknown or their key is no key.
 update {schema}.sync_failures
 set state = 'dead',
     next_attempt_at = null,
@@ -498,7 +498,7 @@ set state = 'dead',
     last_failed_at = pg_catalog.clock_timestamp()
 where table_name = %(table_name)s
     and (%(record_ids)s::text[] is null or record_id = any (%(record_ids)s::text[]))
-    and state = 'retrying'
+    and next_attempt_at is not null
 
 -- name: revive_failures
 -- Make due what was set aside while its table was not synced.

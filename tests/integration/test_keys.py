@@ -266,6 +266,13 @@ def test_an_event_whose_key_is_no_key_is_set_aside_and_the_others_go_on(pair: Pa
         ("pairs", '[null, "y"]', "22P02"),
         ("pairs", "{", "22P02"),
     ]
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    pair.crm.execute("insert into items values (2, 'better')")
+    sync_pair(pair)
+    assert texts(pair.billing, "items") == ["(1,good)", "(2,better)"]
+    assert pair.crm.rows("select distinct state, next_attempt_at from sync.sync_failures") == [
+        ("dead", None)
+    ]
 
 
 def test_keys_of_the_applications_own_types_are_told_from_what_is_no_key(pair: Pair) -> None:

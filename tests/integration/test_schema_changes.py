@@ -343,6 +343,14 @@ def test_a_column_dropped_while_rows_wait_is_left_out_of_them(pair: Pair, link: 
     assert equal(pair)
 
 
+def pass_around(link: Link, source: Node, change: str) -> None:
+    """Begin a pass, change a parent on its source, go on: the parents are read from the snapshot that is open."""
+    with passes.interruptions(), Pass(link, source.name, "billing") as one:
+        one.fetch_dependents()
+        source.execute(change)
+        one.process_parents()
+
+
 REPLACED = """create table new_accounts (like accounts including all);
 insert into new_accounts select * from accounts;
 drop table accounts cascade;
@@ -363,15 +371,8 @@ def test_rows_that_a_snapshot_no_longer_shows_are_not_taken_for_deleted(
     pair: Pair, link: Link, change: str
 ) -> None:
     pair.crm.execute("update accounts set name = 'two'")
-    with (
-        pytest.raises(PassInterrupted, match="accounts"),
-        passes.interruptions(),
-        Pass(link, "crm", "billing") as one,
-    ):
-        one.fetch_dependents()
-        # The accounts are read after this, from the snapshot that is open.
-        pair.crm.execute(change)
-        one.process_parents()
+    with pytest.raises(PassInterrupted, match="accounts"):
+        pass_around(link, pair.crm, change)
 
     assert len(pair.billing.rows("accounts")) == len(pair.billing.rows("users")) == 1
     installed(pair)
@@ -392,14 +393,12 @@ def test_a_rewritten_partition_is_not_taken_for_empty(pair: Pair) -> None:
         pair.crm.execute("insert into readings values (1, 'one')")
         passes.run(link)
         pair.crm.execute("update readings set value = 'two'")
-        with (
-            pytest.raises(PassInterrupted, match="readings"),
-            passes.interruptions(),
-            Pass(link, "crm", "billing") as one,
-        ):
-            one.fetch_dependents()
-            pair.crm.execute("alter table readings alter column value type text using value || '!'")
-            one.process_parents()
+        with pytest.raises(PassInterrupted, match="readings"):
+            pass_around(
+                link,
+                pair.crm,
+                "alter table readings alter column value type text using value || '!'",
+            )
         passes.run(link)
 
     assert pair.billing.rows("readings") == [(1, "two!")]
