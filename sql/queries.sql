@@ -64,7 +64,9 @@ select
             pg_catalog.jsonb_build_object(
                 'primary', index.indisprimary,
                 'deferrable', not index.indimmediate,
-                'plain', index.indpred is null and index.indexprs is null and index.indisvalid,
+                -- A key WITHOUT OVERLAPS is an exclusion constraint.
+                'plain', index.indpred is null and index.indexprs is null and index.indisvalid
+                    and not index.indisexclusion,
                 'columns', (
                     select coalesce(pg_catalog.jsonb_agg(attribute.attname order by part.position), '[]')
                     from unnest(index.indkey::smallint[]) with ordinality as part (attnum, position)
@@ -98,6 +100,8 @@ select
         ), '[]')
         from pg_catalog.pg_constraint as reference
         where reference.conrelid = class.oid and reference.contype = 'f' and reference.conparentid = 0
+            -- From PostgreSQL 18 on a key may be there only for the planner.
+            and coalesce((pg_catalog.to_jsonb(reference) ->> 'conenforced')::boolean, true)
     ) as foreign_keys,
     -- Of any table: a key of one that refers to this one may wait as well, and cascades and triggers reach others.
     exists (select from pg_catalog.pg_constraint as constrained where constrained.condeferrable)

@@ -19,6 +19,8 @@ Statement = LiteralString | bytes | sql.Composed | sql.SQL
 
 CONNECT_TIMEOUT_SECONDS = 10
 IDLE_IN_TRANSACTION_SECONDS = 600
+# A reader keeps its snapshot while a batch is applied to the other node, however long that takes.
+READER_IDLE_IN_TRANSACTION_SECONDS = 3600
 
 # What the text of a value depends on is the same on both nodes, whatever their databases or roles say.
 # A client that vanishes is noticed by the server, so that its lock becomes free: within a second when its process was
@@ -61,7 +63,15 @@ DATA_CLASSES = {"21", "22", "23", "27", "2F", "38", "39", "44", "54", "P0"}
 # What the schema, the rights or the program's own SQL is to blame for; all else is said of a record, an application's
 # own SQLSTATEs included.
 _CATALOG_CLASSES = {"0A", "0L", "0P", "26", "28", "2B", "34", "3D", "3F", "42", "HV"}
+LOCK_NOT_AVAILABLE = "55P03"
 _RAISED = "exec_stmt_raise"  # The function of PostgreSQL behind RAISE in PL/pgSQL: the text is the application's.
+# What a function of the application that runs because of a record is to blame for: a name that it does not find.
+_CODE_CLASSES = _CATALOG_CLASSES | {"55"}
+# A function in the context of an error that is none of ours.
+_FUNCTION_OF_APPLICATION = re.compile(
+    r"PL/\w+[ -]\S+ (?:[^\s(.]+\.)?(?!capture_|try_each\(|has_lost_rows\()[^\s(.]+\(|^SQL function ",
+    re.MULTILINE,
+)
 
 
 # PostgreSQL looks up values of a list in a hash table from this length on.
@@ -131,12 +141,15 @@ def connect(node: NodeConfig, config: Config, role: str) -> Connection:
             node=node.name,
             remedy="check the dsn, the network and pg_hba.conf",
         ) from cause
+    idle = READER_IDLE_IN_TRANSACTION_SECONDS if role == "reader" else IDLE_IN_TRANSACTION_SECONDS
     settings = _SESSION | {
         **{f"tcp_{name.removeprefix('tcp_')}": str(value) for name, value in _PATIENCE.items()},
         "lock_timeout": f"{int(config.lock_timeout_seconds * 1000)}",
         "statement_timeout": f"{int(config.statement_timeout_seconds * 1000)}",
-        "idle_in_transaction_session_timeout": f"{IDLE_IN_TRANSACTION_SECONDS * 1000}",
+        "idle_in_transaction_session_timeout": f"{idle * 1000}",
     }
+    if connection.info.server_version >= 170000:
+        settings["transaction_timeout"] = "0"
     try:
         connection.execute(
             sql.SQL("select {}").format(
@@ -178,7 +191,14 @@ def connected(node: NodeConfig, config: Config, role: str) -> Iterator[Connectio
 def error_class(error: psycopg.Error) -> ErrorClass:
     """Say what an error asks for: wait (`transient`), look at the schema (`catalog`) or at the record (`data`)."""
     state = error.sqlstate
-    if state is None or state[:2] in _TRANSIENT_CLASSES:
+    if state is None:
+        return "transient"
+    if _FUNCTION_OF_APPLICATION.search(error.diag.context or "") and (
+        error.diag.source_function == _RAISED
+        or (state[:2] in _CODE_CLASSES and state != LOCK_NOT_AVAILABLE)
+    ):
+        return "data"
+    if state[:2] in _TRANSIENT_CLASSES:
         return "transient"
     if error.diag.source_function == _RAISED:
         return "data"

@@ -229,6 +229,7 @@ class Pass:
     # --- writing ---
 
     def _staged(self, intake: Intake, *, second: bool = False) -> Batch:
+        self._snapshot.let_go()
         applier = self.link.applier(self.target, second=second)
         if second not in self._waiting:
             floor = self.link.sides[self.target].floor

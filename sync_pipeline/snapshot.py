@@ -244,6 +244,16 @@ class Snapshot:
             if error_class(error) == "data":
                 raise ReadFailed(part) from error
             raise
+        except OSError as error:
+            raise PassInterrupted(
+                f"cannot keep the rows of {part.table} in a temporary file: {error.strerror}",
+                remedy="make room where temporary files go (TMPDIR)",
+            ) from error
+
+    def let_go(self) -> None:
+        """Give back the locks on the tables that were read: a schema change need not wait for the end of the pass."""
+        with self._lock:
+            self._connection.execute("rollback to savepoint opened")
 
     def rows_of(
         self,

@@ -3,7 +3,7 @@
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from sync_pipeline import passes
@@ -116,8 +116,8 @@ def stream(
                 has_led, standing_by = True, False
                 listener.opened(link)
                 listener.leading()
-                interruptions = 0
-                _follow(link, stop, deadline, totals, listener)
+                for _ in _follow(link, stop, deadline, totals, listener):
+                    interruptions = 0
         except LockTaken as error:
             standing_by = True
             listener.standing_by(error)
@@ -135,7 +135,8 @@ def stream(
 
 def _follow(
     link: Link, stop: threading.Event, deadline: float, totals: Totals, listener: Listener
-) -> None:
+) -> Iterator[None]:
+    """Look, pass and wait; yield after each time that went well."""
     catalog_read = pause_checked = worked = time.monotonic()
     pruned = float("-inf")
     paused = link.is_paused()
@@ -152,6 +153,7 @@ def _follow(
                 pause_checked = now
         began = time.monotonic()
         reports = [] if paused else passes.run(link)
+        yield
         if reports:
             totals.add(reports)
             listener.passed(reports)

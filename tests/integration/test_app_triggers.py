@@ -3,8 +3,9 @@
 import pytest
 
 from sync_pipeline import passes
+from sync_pipeline.errors import PassInterrupted
 from sync_pipeline.link import lead
-from tests.engine import sync_pair, totals
+from tests.engine import config_of, sync_pair, totals
 from tests.helpers import Pair
 from tests.shapes import converge, failures, link, marked, texts
 
@@ -206,3 +207,51 @@ def test_rules_and_triggers_of_views_that_write_to_a_synced_table_are_captured(p
     pair.crm.execute("update v set word = 'c' where id = 1")
     converge(pair, "t")
     assert texts(pair.billing, "t") == ["(1,c)", "(2,b)"]
+
+
+@pytest.mark.parametrize(
+    ("statement", "error_class"),
+    [
+        ("perform count(*) from forgotten;", "42P01"),
+        ("perform currval('ids');", "55000"),
+        ("raise lock_not_available;", "55P03"),
+        ("raise query_canceled;", "57014"),
+        ("execute 'select missing(1)';", "42883"),
+    ],
+)
+def test_what_is_wrong_in_a_trigger_is_said_of_its_record(
+    pair: Pair, statement: str, error_class: str
+) -> None:
+    link(pair, "create table t (id int primary key, word text); create sequence ids", "t")
+    pair.billing.execute(
+        f"""create function careless() returns trigger language plpgsql as $$
+        begin
+            if new.word = 'bad' then {statement} end if;
+            return new;
+        end $$;
+        create trigger careless before insert or update on t for each row execute function careless()"""
+    )
+    pair.crm.execute("insert into t values (1, 'good'), (2, 'bad'), (3, 'good')")
+    totals(pair)
+    assert texts(pair.billing, "t") == ["(1,good)", "(3,good)"]
+    assert [failure[:3] for failure in failures(pair.crm)] == [("t", "2", error_class)]
+
+
+def test_a_lock_that_a_trigger_waits_for_costs_its_record_no_attempt(pair: Pair) -> None:
+    tables = "create table t (id int primary key); create table sums (n int)"
+    link(pair, tables, "t", lock_timeout_seconds=0.1)
+    pair.billing.execute(
+        """create function add() returns trigger language plpgsql as $$
+        begin
+            lock table sums;
+            return new;
+        end $$;
+        create trigger add before insert on t for each row execute function add()"""
+    )
+    pair.crm.execute("insert into t values (1)")
+    with pair.billing.connect(autocommit=False) as session, lead(config_of(pair)) as leader:
+        session.execute("lock table sums")
+        with pytest.raises(PassInterrupted):
+            passes.run(leader)
+    assert failures(pair.crm) == []
+    converge(pair, "t")

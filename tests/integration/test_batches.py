@@ -1,8 +1,13 @@
 """Both nodes work on the same families while batches are small: they end equal, nothing fails, nothing new is lost."""
 
+import tempfile
+
 import pytest
 
-from tests.engine import sync_pair
+from sync_pipeline import passes, snapshot
+from sync_pipeline.errors import PassInterrupted
+from sync_pipeline.link import lead
+from tests.engine import config_of, sync_pair
 from tests.helpers import Pair
 from tests.shapes import converge, failures, link, texts
 
@@ -233,3 +238,16 @@ def test_a_row_for_which_the_condition_of_its_table_fails_is_set_aside_alone(pai
     sync_pair(pair)
     assert texts(pair.billing, "children", "id") == ["(1)", "(2)", "(5)"]
     assert pair.crm.rows(states) == [("4", "dead", "22P02")]
+
+
+def test_no_room_for_temporary_files_interrupts_the_pass(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link(pair, FAMILY, "parents")
+    pair.crm.execute("insert into parents values (1, 'long enough')")
+    monkeypatch.setattr(snapshot, "ROWS_IN_MEMORY_BYTES", 1)
+    monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
+    with lead(config_of(pair)) as leader, pytest.raises(PassInterrupted, match="temporary file"):
+        passes.run(leader)
+    monkeypatch.undo()
+    converge(pair, "parents")

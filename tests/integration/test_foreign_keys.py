@@ -483,3 +483,22 @@ def test_a_long_chain_of_references_is_not_followed_record_by_record(
     converge(pair, "versions")
     assert texts(pair.billing, "versions") == []
     assert 0 < levels < 3 * companions.PATIENT_LEVELS
+
+
+def test_a_foreign_key_that_is_not_enforced_brings_no_parent_back(pair: Pair) -> None:
+    if int(pair.crm.value("select current_setting('server_version_num')")) < 180000:
+        pytest.skip("keys that are not enforced came with PostgreSQL 18")
+    link(
+        pair,
+        """create table parents (id int primary key);
+        create table children (id int primary key, parent int references parents not enforced)""",
+        "parents",
+        "children",
+    )
+    pair.crm.execute("insert into parents values (1); insert into children values (1, 1)")
+    converge(pair, "parents", "children")
+    pair.crm.execute("delete from parents")
+    pair.billing.execute("insert into children values (2, 1)")
+    converge(pair, "parents", "children")
+    assert texts(pair.crm, "parents") == []
+    assert texts(pair.crm, "children") == ["(1,1)", "(2,1)"]

@@ -421,3 +421,15 @@ def test_a_refused_record_whose_key_changed_its_text_is_kept(pair: Pair, batch_s
         pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
     pair.crm.execute("update t set n = 3")
     converge(pair, "t")
+
+
+def test_a_key_without_overlaps_is_refused(pair: Pair) -> None:
+    if int(pair.crm.value("select current_setting('server_version_num')")) < 180000:
+        pytest.skip("keys without overlaps came with PostgreSQL 18")
+    for node in pair.nodes:
+        node.execute(
+            "create table stays (rooms int4range, days daterange, primary key (rooms, days without overlaps))"
+        )
+    write_config(pair.config_path, ["stays"])
+    with pytest.raises(CatalogMismatch, match="no primary key"):
+        installed(pair)

@@ -54,3 +54,25 @@ def test_a_sync_survives_connections_that_are_lost_between_two_passes(pair: Pair
     )
     assert len(interruptions) == 1
     assert equal(pair)
+
+
+def test_the_pause_grows_while_each_pass_fails_though_the_consumer_leads_each_time(
+    pair: Pair,
+) -> None:
+    config = installed(pair)
+    # PostgreSQL refuses a WITH that writes to such a table.
+    pair.billing.execute(
+        "create table copies (id int); "
+        "create rule also as on insert to accounts do also insert into copies values (new.id)"
+    )
+    pair.crm.insert("accounts", id=1, name="one")
+    stop = threading.Event()
+    pauses: list[float] = []
+
+    def interrupted(_: Exception, seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            stop.set()
+
+    stream.stream(config, stop, seconds=60, listener=Listener(interrupted=interrupted))
+    assert pauses[0] < pauses[1] < pauses[2]

@@ -412,3 +412,16 @@ def test_a_value_written_as_soon_as_both_have_the_column_is_sent(pair: Pair, lin
     passes.run(link)
 
     assert equal(pair)
+
+
+def test_an_open_pass_does_not_hold_up_a_schema_change_of_what_it_has_read(
+    pair: Pair, link: Link
+) -> None:
+    pair.crm.execute("update accounts set name = 'two'")
+    with Pass(link, "crm", "billing") as one:
+        one.fetch_dependents()
+        one.process_parents()
+        pair.crm.execute("set lock_timeout = '2s'")
+        pair.crm.execute("alter table accounts alter column name set default ''")
+        one.process_dependents()
+    assert equal(pair)
