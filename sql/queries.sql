@@ -364,7 +364,7 @@ select
     ) as widths
 
 -- name: begin_batch
--- Settings of the transaction; the node's clock; how many columns some tables have ever had.
+-- Settings of the transaction; the node's clock; how many columns some tables have ever had; is the node paused.
 select
     pg_catalog.set_config(%(applying)s, %(schema)s, true),
     pg_catalog.set_config('synchronous_commit', 'off', true),
@@ -374,7 +374,8 @@ select
         from unnest(%(tables)s::oid[]) with ordinality as asked (oid, position)
         left join pg_catalog.pg_class as class on class.oid = asked.oid
         order by asked.position
-    )
+    ),
+    exists (select from {schema}.sync_node where paused_at is not null)
 
 -- name: read_poll
 -- What an idle consumer asks: does any event wait or is any failure due; and the oldest transaction that runs.

@@ -53,6 +53,8 @@ class Batch:
     ledger_id: int = field(default=0, init=False)
     # The records, by table and record_id, that were dirty on both nodes.
     settled: set[tuple[str, str]] = field(default_factory=set, init=False)
+    # Whether an operator had paused the target when this one was staged.
+    is_paused: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._schema = self.config.schema_name
@@ -118,6 +120,7 @@ class Batch:
             raise AssertionError("a query without a table returned no row")
         self.clock.clock = row[2]
         require_widths(relations, row[3])
+        self.is_paused = row[4]
         for part in self.intake.parts:
             self.applier.stage(part)
             self._failures += isolation.leave_out_unreadable(self.applier, self._schema, part)
@@ -127,6 +130,7 @@ class Batch:
             self._schema,
             self._last_number,
             self.intake.last_id,
+            frozenset(table.name for table in self.config.tables if table.sends(self.source)),
             self._stack,
         )
 

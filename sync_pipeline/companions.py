@@ -28,7 +28,7 @@ FIRST_REACH = 1_000
 class Companions:
     """Stages companions of a batch. Their numbers follow `last_number`, the greatest of the batch's own records.
 
-    `last_id` is the greatest id of its events.
+    `last_id` is the greatest id of its events, `sent` are the tables that the source sends.
     """
 
     applier: Applier
@@ -36,6 +36,7 @@ class Companions:
     schema: str
     last_number: int
     last_id: int
+    sent: frozenset[str]
     stack: ExitStack
     # Of partners, and of all that was reached for: if one of them is in a conflict, its table's policy decides.
     further_numbers: set[int] = field(default_factory=set, init=False)
@@ -62,6 +63,8 @@ class Companions:
         for table in list(applier.staged):
             statements = applier.statements(table)
             for key in applier.catalog.relation(applier.node, table).foreign_keys:
+                if key.parent not in self.sent:
+                    continue
                 values = applier.connection.execute(
                     statements.missing_parents(
                         applier.statements(key.parent),

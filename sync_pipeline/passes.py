@@ -127,7 +127,7 @@ class Pass:
                         batch.upsert(self._parents, last.settled)
                         self._commit(batch)
                     last = batch
-            self._consumed = not self._catalog.left_out
+            self._consumed = not self._catalog.left_out and not self.report.paused
         self._acknowledger.finish()
         self.link.unrecovered.discard(self.source)
         for waiting in self._waiting.values():
@@ -200,6 +200,10 @@ class Pass:
             with closing(intake):
                 self._read(intake, [*self._dependents, *self._parents])
                 batch = self._staged(intake, second=second)
+            if batch.is_paused:
+                batch.close()
+                self.report.paused = True
+                return
             yield batch
             second = not second
 
@@ -333,7 +337,8 @@ class Acknowledger:
 def run(link: Link) -> list[DirectionReport]:
     """Run one pass: each direction that has something to do, one after the other.
 
-    A direction is left out when its source has no events and no failure that is due, which one short query tells.
+    A direction is left out when its source has no events and no failure that is due, which one short query tells. Who
+    pauses the link need not wait for its end: it ends after the batch that is under way.
     Raises `PassInterrupted` for what a retry can mend.
     """
     reports = []
@@ -346,6 +351,8 @@ def run(link: Link) -> list[DirectionReport]:
             except ColumnsAdded:
                 link.read_catalog()
                 reports.append(_direction(link, source.name, target.name))
+        if reports and reports[-1].paused:
+            break
     return reports
 
 

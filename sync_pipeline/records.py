@@ -170,6 +170,8 @@ class DirectionReport:
     clock_warning: str | None = None
     recovered: int = 0
     set_aside: int = 0
+    # An operator paused the link in between: the rest waits.
+    paused: bool = False
     warnings: list[str] = field(default_factory=list)
 
     @property

@@ -58,6 +58,8 @@ class Listener:
     opened: Callable[[Link], None] = _ignore
     standing_by: Callable[[LockTaken], None] = _ignore
     interrupted: Callable[[Exception, float], None] = _ignore
+    # Whether an operator has paused the link, each time that this changes.
+    paused: Callable[[bool], None] = _ignore
 
 
 def sync(config: Config, listener: Listener | None = None) -> Totals:
@@ -76,9 +78,10 @@ def sync(config: Config, listener: Listener | None = None) -> Totals:
                 if link.is_paused():
                     totals.paused = True
                 else:
-                    while totals.add(reports := passes.run(link)):
+                    while not totals.paused and totals.add(reports := passes.run(link)):
                         listener.passed(reports)
                         interruptions = 0
+                        totals.paused = any(report.paused for report in reports)
                     link.prune_conflicts()
                 break
         except (PassInterrupted, CatalogMismatch) as error:
@@ -137,9 +140,10 @@ def _follow(
     link: Link, stop: threading.Event, deadline: float, totals: Totals, listener: Listener
 ) -> Iterator[None]:
     """Look, pass and wait; yield after each time that went well."""
-    catalog_read = pause_checked = worked = time.monotonic()
+    catalog_read = worked = time.monotonic()
     pruned = float("-inf")
-    paused = link.is_paused()
+    paused = is_told = False
+    pause_checked = float("-inf")
     while not stop.is_set() and (now := time.monotonic()) < deadline:
         with passes.interruptions():
             if now - pruned > PRUNE_SECONDS:
@@ -151,12 +155,16 @@ def _follow(
             if now - pause_checked > PAUSE_CHECK_SECONDS:
                 paused = link.is_paused()
                 pause_checked = now
+        if paused != is_told:
+            listener.paused(paused)
+            is_told = paused
         began = time.monotonic()
         reports = [] if paused else passes.run(link)
         yield
         if reports:
             totals.add(reports)
             listener.passed(reports)
+            paused = any(report.paused for report in reports)
         ended = time.monotonic()
         if any(report.did_something for report in reports):
             worked = ended

@@ -60,7 +60,7 @@ def sync(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     if as_json:
         show.document(_totals(totals) | {"paused": totals.paused, "pending": pending})
         return
-    if totals.paused:
+    if totals.paused and not totals.passes:
         waiting = ", ".join(f"{number:,} pending on {node}" for node, number in pending.items())
         show.say(f"paused: nothing was synced, {waiting}; `sync-pipeline resume` lets it go on")
         return
@@ -72,6 +72,8 @@ def sync(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     waiting = ", ".join(f"{node} {number:,}" for node, number in pending.items())
     passes = f"{totals.passes:,} {'pass' if totals.passes == 1 else 'passes'}"
     show.say(f"{passes} in {show.duration(totals.seconds)}; still pending: {waiting}")
+    if totals.paused:
+        show.say("paused meanwhile; `sync-pipeline resume` lets it go on")
     if any(counts.failed for counts in totals.directions.values()):
         show.say("some records failed: `sync-pipeline failures` shows why")
 
@@ -188,6 +190,7 @@ class Log:
             leading=self.leading,
             standing_by=self.standing_by,
             interrupted=self.interrupted,
+            paused=self.paused,
         )
 
     def serving(self, address: str) -> None:
@@ -236,6 +239,13 @@ class Log:
         """A pass or an attempt to connect ended early."""
         text = f"interrupted: {error}; trying again in {show.duration(seconds)}"
         self._write("interrupted", text, error=str(error), retry_seconds=round(seconds, 3))
+
+    def paused(self, paused: bool) -> None:
+        """An operator has paused the link, or lets it go on."""
+        if paused:
+            self._write("paused", "paused; `sync-pipeline resume` lets it go on")
+        else:
+            self._write("resumed", "resumed")
 
     def stopped(self, totals: Totals) -> None:
         """The loop has ended as it was asked to."""

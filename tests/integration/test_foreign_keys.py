@@ -485,6 +485,20 @@ def test_a_long_chain_of_references_is_not_followed_record_by_record(
     assert 0 < levels < 3 * companions.PATIENT_LEVELS
 
 
+def test_a_parent_is_not_brought_along_against_the_direction_of_its_table(pair: Pair) -> None:
+    link(
+        pair,
+        """create table parents (id int primary key);
+        create table children (id int primary key, parent int references parents)""",
+        {"name": "parents", "source": "crm"},
+        "children",
+    )
+    pair.billing.execute("insert into parents values (7); insert into children values (1, 7)")
+    sync_pair(pair)
+    assert texts(pair.crm, "parents") == []
+    assert [failure[:3] for failure in failures(pair.billing)] == [("children", "1", "23503")]
+
+
 def test_a_foreign_key_that_is_not_enforced_brings_no_parent_back(pair: Pair) -> None:
     if int(pair.crm.value("select current_setting('server_version_num')")) < 180000:
         pytest.skip("keys that are not enforced came with PostgreSQL 18")

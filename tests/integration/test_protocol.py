@@ -10,11 +10,13 @@ import pytest
 
 from sync_pipeline import database, locks, passes, stream
 from sync_pipeline import link as links
+from sync_pipeline.batch import Batch
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, connected
 from sync_pipeline.errors import LockTaken, PassInterrupted
 from sync_pipeline.link import Link, lead
 from sync_pipeline.passes import Pass
+from sync_pipeline.stream import Listener
 from tests.engine import config_of, equal, installed, sync_pair, totals
 from tests.helpers import Node, Pair, write_config
 
@@ -519,6 +521,40 @@ def test_pausing_on_either_node_stops_consumption_and_capture_goes_on(
     assert pair.crm.pending() == 3
     pair.billing.execute("update sync.sync_node set paused_at = null")
     sync_pair(pair)
+    assert equal(pair)
+
+
+def test_a_pause_takes_effect_between_two_batches(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_config(pair.config_path, batch_size=10)
+    config = installed(pair)
+    pair.crm.execute("insert into accounts select n, 'many' from generate_series(1, 100) as n")
+    finish = Batch.finish
+    told: list[bool] = []
+    stop = threading.Event()
+
+    def finish_and_pause(batch: Batch) -> None:
+        finish(batch)
+        pair.billing.execute("update sync.sync_node set paused_at = now()")
+
+    def paused(is_paused: bool) -> None:  # noqa: FBT001 - the listener's signature
+        told.append(is_paused)
+        if is_paused:
+            waiting.append(pair.crm.pending())
+            monkeypatch.undo()
+            pair.billing.execute("update sync.sync_node set paused_at = null")
+
+    def passed(_: object) -> None:
+        if pair.crm.pending() == 0:
+            stop.set()
+
+    waiting: list[int] = []
+    monkeypatch.setattr(Batch, "finish", finish_and_pause)
+    stream.stream(config, stop, seconds=60, listener=Listener(paused=paused, passed=passed))
+    assert told == [True, False]
+    # One was under way, another was staged already.
+    assert waiting[0] >= 80
     assert equal(pair)
 
 
