@@ -47,16 +47,15 @@ def read(
     connections: Mapping[str, Connection],
     *,
     strict: bool = False,
-    running: bool = False,
+    forgive: type[CatalogMismatch] | None = None,
 ) -> Catalog:
     """Read both catalogs, one query each. Raises `CatalogMismatch` for the first table that cannot be synced.
 
     Columns that only one side has are left out with a warning; with `strict` (install, doctor) they are an error.
-    With `running` a missing table is left out as well, and one whose condition no longer fits: a schema change never
-    stops a pair that runs.
+    Tables with a problem of the kind to `forgive` are left out as well, unless that is every table.
     """
     catalog, problems = inspect(config, connections, strict=strict)
-    fatal = [each for each in problems if not (running and isinstance(each, TableMissing))]
+    fatal = [each for each in problems if forgive is None or not isinstance(each, forgive)]
     if problems and (fatal or not catalog.tables):
         raise (fatal or problems)[0]
     return replace(

@@ -15,7 +15,12 @@ from sync_pipeline import catalog, conflicts, identity, install, locks, outbox
 from sync_pipeline.applier import Applier
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, connect, query, scalar
-from sync_pipeline.errors import ConnectionFailed, PassInterrupted
+from sync_pipeline.errors import (
+    CatalogMismatch,
+    ConnectionFailed,
+    PassInterrupted,
+    TableMissing,
+)
 from sync_pipeline.queries import get as named
 from sync_pipeline.records import Moment
 
@@ -114,7 +119,7 @@ class Link:
 
     def read_catalog(self) -> None:
         """Read both catalogs again; where they changed, forget what was composed from the old ones."""
-        found = catalog.read(self.config, self.writers, running=True)
+        found = catalog.read(self.config, self.writers, forgive=CatalogMismatch)
         if found != self.catalog:
             self.catalog = found
             self.generation += 1
@@ -131,7 +136,8 @@ class Link:
 
     def is_outdated(self, node: str, table: str) -> bool:
         """True when the columns of a table are no longer those that the catalog had when it was read."""
-        found = catalog.read(self.config, self.writers, running=True).relations[node].get(table)
+        current = catalog.read(self.config, self.writers, forgive=CatalogMismatch)
+        found = current.relations[node].get(table)
         return found is None or found.columns != self.catalog.relation(node, table).columns
 
     def revive(self) -> None:
@@ -162,10 +168,11 @@ class Link:
 
 
 @contextmanager
-def lead(config: Config, *, standing_by: bool = False) -> Iterator[Link]:
+def lead(config: Config, *, standing_by: bool = False, again: bool = False) -> Iterator[Link]:
     """Connect to both nodes, take both locks, and hold them for a `with` block.
 
-    Who is `standing_by` asks for one lock again and again: then nothing else is opened before it is taken.
+    Who is `standing_by` asks for one lock again and again: then nothing else is opened before it is taken. A missing
+    table is left out, and for who leads `again` every table that no schema change should have touched: others go on.
 
     Raises `LockTaken` when another worker leads, `PoolerRefused` behind a pooler that shares sessions,
     `NotInstalled`, `WrongDatabase` where a dsn leads to another database than the one that was installed,
@@ -190,7 +197,7 @@ def lead(config: Config, *, standing_by: bool = False) -> Iterator[Link]:
         }
         for side in sides.values():
             stack.callback(_close_second, side, config)
-        found = catalog.read(config, writers, running=True)
+        found = catalog.read(config, writers, forgive=CatalogMismatch if again else TableMissing)
         link = Link(config, sides, found, unrecovered=set(sides))
         link.revive()
         yield link

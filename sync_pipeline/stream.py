@@ -115,7 +115,10 @@ def stream(
     has_led = standing_by = False
     while not stop.is_set() and time.monotonic() < deadline:
         try:
-            with passes.interruptions(), lead(config, standing_by=standing_by) as link:
+            with (
+                passes.interruptions(),
+                lead(config, standing_by=standing_by, again=has_led) as link,
+            ):
                 has_led, standing_by = True, False
                 listener.opened(link)
                 listener.leading()

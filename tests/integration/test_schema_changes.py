@@ -1,13 +1,17 @@
 """Columns and tables come and go on a pair that runs: nothing stops, applications keep working, nothing is lost."""
 
+import threading
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 
-from sync_pipeline import passes
+from sync_pipeline import passes, stream
 from sync_pipeline.errors import CatalogMismatch, PassInterrupted, TableMissing
 from sync_pipeline.link import Link, lead
 from sync_pipeline.passes import Pass
+from sync_pipeline.records import DirectionReport
+from sync_pipeline.stream import Listener
 from tests.engine import equal, installed, sync_pair
 from tests.helpers import TABLES, Node, Pair, write_config
 
@@ -157,6 +161,42 @@ def test_a_table_that_comes_back_gets_what_waited_for_it(pair: Pair) -> None:
     installed(pair)
     sync_pair(pair)
     assert failures(pair.billing) == []
+    assert equal(pair)
+
+
+@pytest.mark.parametrize(
+    ("broken", "mended"),
+    [
+        ("alter table orders drop constraint orders_pkey", "alter table orders add primary key (id)"),
+        ("alter table orders rename column id to number", "alter table orders rename column number to id"),
+        ("create table more () inherits (orders)", "drop table more"),
+    ],
+    ids=["no key", "another key", "inherited from"],
+)  # fmt: skip
+def test_a_table_that_can_no_longer_be_synced_is_left_out_and_the_others_go_on(
+    pair: Pair, broken: str, mended: str
+) -> None:
+    config = installed(pair)
+    pair.crm.insert("accounts", id=1, name="one")
+    stop = threading.Event()
+
+    def passed(reports: list[DirectionReport]) -> None:
+        rows = pair.billing.rows("select name, plan from accounts")
+        if rows == [("one", None)]:
+            pair.billing.execute(broken)
+            pair.crm.insert("users", id=1, account_id=1, email="a@x.org")
+            pair.crm.insert("orders", id=1, user_id=1, amount=1)
+            pair.crm.execute("update accounts set name = 'two'")
+        elif rows == [("two", None)]:
+            assert pair.billing.rows("orders") == []
+            pair.billing.execute(mended)
+            pair.crm.execute("update accounts set plan = 'large'")
+        if pair.crm.pending() == 0:
+            stop.set()
+
+    with mock.patch.object(stream, "CATALOG_SECONDS", 0.0):
+        stream.stream(config, stop, seconds=60, listener=Listener(passed=passed))
+    assert pair.billing.rows("select name, plan from accounts") == [("two", "large")]
     assert equal(pair)
 
 
