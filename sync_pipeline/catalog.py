@@ -170,6 +170,14 @@ def _relations(
             "give both tables the same primary key, or name a unique constraint of both as `key`",
         )
     key = keys[first]
+    for field in key:
+        ours, theirs = columns[first][field], columns[second][field]
+        if ours.equality != theirs.equality:
+            raise _Place(config, index, table.name, None).problem(
+                f"key column {ours.name} is {ours.formatted_type} on {first} and {theirs.formatted_type} on {second}:"
+                " keys that are equal on one node are not on the other",
+                "give the key the same type and collation on both nodes",
+            )
     shared = [field for field in columns[first] if field in columns[second]]
     missing = {
         node: tuple(field for field in columns[other] if field not in columns[node])

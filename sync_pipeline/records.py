@@ -51,6 +51,14 @@ class Column:
         return self.collation is None
 
     @property
+    def equality(self) -> str:
+        """What lets different texts be equal: `bpchar`, `citext`, a `collation`; empty where nothing does."""
+        name = self.type_name.rsplit(".", maxsplit=1)[-1]
+        if name in {"bpchar", "citext"}:
+            return name
+        return "" if self.collation_is_deterministic else "collation"
+
+    @property
     def is_same_when_equal(self) -> bool:
         """True when equal values are the same to the byte."""
         return self.type_name in SAME_WHEN_EQUAL and self.collation_is_deterministic

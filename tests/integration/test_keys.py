@@ -423,6 +423,17 @@ def test_a_refused_record_whose_key_changed_its_text_is_kept(pair: Pair, batch_s
     converge(pair, "t")
 
 
+@pytest.mark.parametrize(("one", "other"), [("char(5)", "varchar(5)"), ("text", "char(4)")])
+def test_a_key_that_each_node_compares_in_its_own_way_is_refused(
+    pair: Pair, one: str, other: str
+) -> None:
+    pair.crm.execute(f"create table codes (id {one} primary key)")
+    pair.billing.execute(f"create table codes (id {other} primary key)")
+    write_config(pair.config_path, ["codes"])
+    with pytest.raises(CatalogMismatch, match="equal on one node are not on the other"):
+        installed(pair)
+
+
 def test_a_key_without_overlaps_is_refused(pair: Pair) -> None:
     if int(pair.crm.value("select current_setting('server_version_num')")) < 180000:
         pytest.skip("keys without overlaps came with PostgreSQL 18")
