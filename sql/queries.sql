@@ -19,6 +19,10 @@ select
     ) as inherits,
     class.relispartition as is_partition,
     (
+        select min(rule.rulename::text) from pg_catalog.pg_rewrite as rule
+        where rule.ev_class = class.oid and rule.ev_enabled <> 'D'
+    ) as rule,
+    (
         select coalesce(pg_catalog.jsonb_agg(
             pg_catalog.jsonb_build_object(
                 'name', attribute.attname,
@@ -1005,11 +1009,6 @@ select
             and function.pronamespace <> coalesce(pg_catalog.to_regnamespace('{schema}')::oid, 0)
         order by 1
     ) as rewriting_triggers,
-    array(
-        select rule.rulename::text from pg_catalog.pg_rewrite as rule
-        where rule.ev_class = class.oid and rule.ev_enabled <> 'D'
-        order by 1
-    ) as rules,
     array(
         select constrained.conname::text from pg_catalog.pg_constraint as constrained
         where constrained.conrelid = class.oid and constrained.condeferrable and constrained.contype in ('u', 'x')

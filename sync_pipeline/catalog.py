@@ -161,6 +161,11 @@ def _relations(
                 f"row-level security can hide rows of {row['schema_name']}.{row['table_name']}",
                 "connect as the table's owner (without FORCE ROW LEVEL SECURITY) or as a role with BYPASSRLS",
             )
+        if row["rule"] and table.sends(config.other(node).name):
+            raise place.problem(
+                f"PostgreSQL refuses what the pipeline writes to a table with a rule, such as {row['rule']}",
+                "make a trigger of the rule",
+            )
         columns[node] = _columns(table, node, row, place)
         keys[node] = _key(table, row, columns[node], place)
     first, second = (node.name for node in config.nodes)

@@ -138,16 +138,13 @@ def _shape(config: Config, relation: Relation, row: dict[str, Any]) -> Iterator[
             f"deferrable constraints are checked at the end of a batch: {', '.join(row['deferrable_uniques'])}",
             "nothing to do",
         )
-    for name, kind in (
-        *((name, "trigger") for name in row["rewriting_triggers"]),
-        *((name, "rule") for name in row["rules"]),
-    ):
+    for name in row["rewriting_triggers"]:
         if receives:
             yield _finding(
                 "warning",
                 "rewriting",
                 relation,
-                f"{kind} {name} may rewrite rows that the pipeline writes, and the nodes then differ",
+                f"trigger {name} may rewrite rows that the pipeline writes, and the nodes then differ",
                 "let it leave rows alone while current_setting('sync_pipeline.applying', true) = "
                 f"'{config.schema_name}', or exclude the columns that it sets",
             )

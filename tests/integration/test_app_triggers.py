@@ -3,10 +3,10 @@
 import pytest
 
 from sync_pipeline import passes
-from sync_pipeline.errors import PassInterrupted
+from sync_pipeline.errors import CatalogMismatch, PassInterrupted
 from sync_pipeline.link import lead
-from tests.engine import config_of, sync_pair, totals
-from tests.helpers import Pair
+from tests.engine import config_of, installed, sync_pair, totals
+from tests.helpers import Pair, write_config
 from tests.shapes import converge, failures, link, marked, texts
 
 AUDIT = """
@@ -235,6 +235,17 @@ def test_what_is_wrong_in_a_trigger_is_said_of_its_record(
     totals(pair)
     assert texts(pair.billing, "t") == ["(1,good)", "(3,good)"]
     assert [failure[:3] for failure in failures(pair.crm)] == [("t", "2", error_class)]
+
+
+def test_a_table_with_a_rule_is_refused_where_it_is_written_to(pair: Pair) -> None:
+    for node in pair.nodes:
+        node.execute("create table t (id int primary key, word text)")
+    pair.crm.execute("create rule also as on update to t do also notify t")
+    write_config(pair.config_path, ["t"])
+    with pytest.raises(CatalogMismatch, match="a table with a rule, such as also"):
+        installed(pair)
+    write_config(pair.config_path, [{"name": "t", "source": "crm"}])
+    installed(pair)
 
 
 def test_a_lock_that_a_trigger_waits_for_costs_its_record_no_attempt(pair: Pair) -> None:

@@ -220,13 +220,6 @@ SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, str, str, str]]] = {
             "keeper",
         ),
     ),
-    "ruled": (
-        (
-            """create table ruled (id int primary key, word text);
-            create rule also as on update to ruled do also notify ruled""",
-        ),
-        ("warning", "rewriting", "rule also may rewrite rows", "exclude the columns"),
-    ),
     "behind": (
         (
             "create table behind (id serial primary key); insert into behind values (7)",
