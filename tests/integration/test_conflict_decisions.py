@@ -254,6 +254,48 @@ def test_a_conflict_about_a_value_that_one_node_cannot_read_stops_no_other_recor
         assert [n.rows("select * from sync.sync_failures") for n in pair.nodes] == [[], []]
 
 
+@pytest.mark.parametrize("policy", ["last_update_wins", "crm", "hold"])
+@pytest.mark.parametrize("value", [r'{"a": "\u0000"}', r'"\ud800"', "1e1000000"])
+def test_a_conflict_about_json_that_jsonb_refuses_is_decided_and_undone(
+    pair: Pair, value: str, policy: str
+) -> None:
+    config = link(
+        pair,
+        "create table words (id int primary key, word text, said json)",
+        {"name": "words", "conflict": policy},
+    )
+    pair.crm.execute("insert into words values (1, 'old', null)")
+    sync_pair(pair)
+    pair.crm.execute("update words set said = %s", value)
+    pair.billing.execute("update words set word = 'billing'")
+    pair.billing.execute("insert into words values (2, 'innocent', null)")
+    sync_pair(pair)
+    assert pair.crm.rows("select word from words where id = 2") == [("innocent",)]
+    [(number, logged)] = pair.billing.rows(
+        "select id, remote_row ->> 'said' from sync.sync_conflicts"
+    )
+    assert logged == value
+    for winner, row in (("billing", ("billing", None)), ("crm", ("old", value))):
+        resolve(config, number, winner)
+        converge(pair, "words")
+        assert pair.billing.rows("select word, said::text from words where id = 1") == [row]
+
+
+def test_a_deleted_parent_with_json_that_jsonb_refuses_comes_back(pair: Pair) -> None:
+    link(
+        pair,
+        """create table parents (id int primary key, said json);
+        create table children (id int primary key, parent int not null references parents)""",
+        *("parents", "children"),
+    )
+    pair.crm.execute("insert into parents values (1, %s)", r'"\u0000"')
+    sync_pair(pair)
+    pair.crm.execute("delete from parents")
+    pair.billing.execute("insert into children values (1, 1)")
+    converge(pair, "parents", "children")
+    assert pair.billing.rows("select kind from sync.sync_conflicts") == [("parent_deleted",)]
+
+
 def test_a_key_that_one_node_cannot_read_stops_no_other_record(pair: Pair) -> None:
     for node in pair.nodes:
         node.execute("create type mood as enum ('sad', 'calm')")
