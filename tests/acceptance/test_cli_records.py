@@ -8,6 +8,7 @@ import pytest
 from tests.engine import equal, installed, sync_pair
 from tests.helpers import Node, Pair, write_config
 from tests.program import answer, refused, run, succeed
+from tests.shapes import link as linked
 
 WITHOUT_CAPTURE = "begin; set local session_replication_role = replica; {}; commit"
 
@@ -146,6 +147,33 @@ def test_both_rows_are_shown_side_by_side_with_the_differing_fields_marked(
     assert "accounts 2, update_update, billing won" in decided
     assert "billing (deleted)" in deleted
     assert '""' in deleted
+
+
+@pytest.mark.parametrize(
+    ("type_name", "value"),
+    [
+        ("numeric", "1" * 5000),
+        ("numeric", "12345678901234567890.10"),
+        ("numeric[]", "{" + "1" * 5000 + "}"),
+        ("json", "[" * 3000 + "]" * 3000),
+        ("jsonb", '{"price": 1.10}'),
+    ],
+)
+def test_a_value_that_no_program_would_read_exactly_is_listed_as_text_and_resolved(
+    pair: Pair, type_name: str, value: str
+) -> None:
+    linked(pair, f"create table things (id int primary key, value {type_name})", "things")
+    pair.crm.execute("insert into things values (1, null)")
+    sync_pair(pair)
+    pair.crm.execute(f"update things set value = %s::{type_name}", value)
+    pair.billing.execute("delete from things")
+    sync_pair(pair)
+    [conflict] = answer(pair, "conflicts")["conflicts"]
+    assert conflict["remote_row"] == {"id": 1, "value": value}
+    assert value[-5:] in succeed(pair, "conflicts")
+    succeed(pair, "conflicts", "resolve", str(conflict["id"]), "--winner", "crm")
+    sync_pair(pair)
+    assert pair.billing.rows("select value::text from things") == [(value,)]
 
 
 def test_a_held_record_is_neither_retried_nor_discarded(conflicting: Pair) -> None:
