@@ -5,14 +5,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import psycopg
 from psycopg import sql
+from psycopg.errors import ForeignKeyViolation, RestrictViolation
 from psycopg.rows import dict_row
 
 from sync_pipeline import catalog, queries
 from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, query
 from sync_pipeline.errors import SyncPipelineError
-from sync_pipeline.records import Relation
+from sync_pipeline.records import Relation, spelled
 from sync_pipeline.statements import TableStatements
 
 # Whose row of a logged conflict: that of the node that has the log, or the other's.
@@ -41,8 +43,8 @@ def resolve(
 
     A held conflict: the other node forgets its change, the winner's is sent. A decided one whose winner was another:
     the losing row is written back from the log on the node that has the log, as a change that then syncs; whatever
-    became of the record since is overwritten. Raises `SyncPipelineError` for an unknown number or node, and for a
-    number that both nodes have when `node` is not given.
+    became of the record since is overwritten. Raises `SyncPipelineError` for an unknown number or node, for a number
+    that both nodes have when `node` is not given, and where a foreign key forbids the change; then nothing is changed.
     """
     names = [node.name for node in config.nodes]
     if winner not in names:
@@ -72,12 +74,15 @@ def resolve(
         relation = catalog.read(config, connections).relation(node, table)
         whose: Whose = "local" if winner == node else "remote"
         fields = conflict[f"{whose}_fields"]
-        # Without the consumer's setting: captured like any change of an application.
-        with connections[node].transaction():
-            if fields is None:
-                connections[node].execute(_delete(relation, record_id))
-            else:
-                _write(config, connections[node], relation, fields, conflict_id, whose)
+        try:
+            # Without the consumer's setting: captured like any change of an application.
+            with connections[node].transaction():
+                if fields is None:
+                    connections[node].execute(_delete(relation, record_id))
+                else:
+                    _write(config, connections[node], relation, fields, conflict_id, whose)
+        except (ForeignKeyViolation, RestrictViolation) as error:
+            raise _refused(relation, record_id, error, deleted=fields is None) from error
         changed = node
     for side in config.nodes:
         _run(
@@ -129,6 +134,25 @@ def _delete(relation: Relation, record_id: str) -> sql.Composed:
             sql.SQL("{} = {}::" + column.type_name).format(sql.Identifier(column.name), value)
             for column, value in zip(columns, values, strict=True)
         ),
+    )
+
+
+def _refused(
+    relation: Relation, record_id: str, error: psycopg.Error, *, deleted: bool
+) -> SyncPipelineError:
+    """Say which record a foreign key keeps from being deleted or written, and because of which table."""
+    said = error.diag
+    cannot = f"{relation.table} {record_id} cannot be {'deleted' if deleted else 'written'}"
+    if not deleted and (said.schema_name, said.table_name) == (relation.schema, relation.name):
+        return SyncPipelineError(
+            f"{cannot}: a row that it refers to is missing ({said.constraint_name})",
+            node=relation.node,
+            remedy="bring that row back first, then resolve again",
+        )
+    return SyncPipelineError(
+        f"{cannot}: rows of {spelled(said.schema_name or '', said.table_name or '')} refer to it",
+        node=relation.node,
+        remedy="delete or move those rows first, then resolve again",
     )
 
 

@@ -197,6 +197,58 @@ def test_a_held_conflict_is_resolved_and_an_automatic_decision_undone(
     assert conflicting.crm.rows("select name from accounts") == [(winner,), (winner,)]
 
 
+@pytest.mark.parametrize(
+    "action", ["no action", "restrict", "no action deferrable initially deferred"]
+)
+def test_a_parent_that_cannot_be_deleted_is_named_with_the_table_that_needs_it(
+    pair: Pair, action: str
+) -> None:
+    linked(
+        pair,
+        f"""create table parents (id int primary key);
+        create table children (id int primary key, parent int references parents on delete {action})""",
+        *("parents", "children"),
+    )
+    pair.crm.execute("insert into parents values (1)")
+    sync_pair(pair)
+    pair.crm.execute("delete from parents")
+    pair.billing.execute("insert into children values (1, 1)")
+    sync_pair(pair)
+    [conflict] = answer(pair, "conflicts")["conflicts"]
+    decide = ("conflicts", "resolve", str(conflict["id"]), "--winner", "crm")
+    assert refused(pair, *decide) == (
+        "billing: parents 1 cannot be deleted: rows of public.children refer to it; "
+        "delete or move those rows first, then resolve again\n"
+    )
+    assert answer(pair, "conflicts")["conflicts"] == [conflict]
+    assert pair.billing.rows("parents") == pair.crm.rows("parents") == [(1,)]
+    pair.billing.execute("delete from children")
+    sync_pair(pair)
+    succeed(pair, *decide)
+    sync_pair(pair)
+    assert pair.billing.rows("parents") == pair.crm.rows("parents") == []
+
+
+def test_a_row_that_lacks_its_parent_is_not_brought_back_and_the_constraint_is_named(
+    link: Pair,
+) -> None:
+    link.crm.insert("accounts", id=1, name="one")
+    link.crm.insert("users", id=1, account_id=1, email="1@x.org")
+    sync_pair(link)
+    link.crm.execute("update users set name = 'crm'")
+    link.billing.execute("delete from users")
+    sync_pair(link)
+    [conflict] = answer(link, "conflicts")["conflicts"]
+    link.crm.execute("delete from accounts")
+    sync_pair(link)
+    message = refused(link, "conflicts", "resolve", str(conflict["id"]), "--winner", "crm")
+    assert message == (
+        "billing: users 1 cannot be written: a row that it refers to is missing (users_account_id_fkey); "
+        "bring that row back first, then resolve again\n"
+    )
+    assert link.billing.rows("users") == []
+
+
 def test_an_id_that_both_nodes_have_is_asked_about_and_decides_only_one(conflicting: Pair) -> None:
     for node in conflicting.nodes:
         node.execute("delete from sync.sync_conflicts")
