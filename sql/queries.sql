@@ -763,8 +763,14 @@ set state = 'held',
     last_failed_at = pg_catalog.clock_timestamp()
 
 -- name: read_conflict
--- One conflict by its number.
-select id, detected_at, table_name, record_id, kind, winner, local_row, remote_row, resolved_at
+-- One conflict by its number, and which fields each of its rows has: null where there was no row.
+select
+    table_name,
+    record_id,
+    winner,
+    resolved_at,
+    case when local_row is not null then array(select pg_catalog.jsonb_object_keys(local_row)) end as local_fields,
+    case when remote_row is not null then array(select pg_catalog.jsonb_object_keys(remote_row)) end as remote_fields
 from {schema}.sync_conflicts
 where id = %(id)s
 

@@ -28,6 +28,8 @@ SAME_WHEN_EQUAL = PLAIN_TYPES - {"numeric", "bpchar"} | {
     "date", "timestamp without time zone", "timestamp with time zone", "time without time zone",
     "time with time zone", "bytea", "money", "pg_lsn", "xid8",
 }  # fmt: skip
+# jsonb holds values of these types as they are; of any other one it would change some, or refuse them.
+SAME_IN_JSONB = {"boolean", "smallint", "integer", "bigint", "bpchar"}
 
 
 @dataclass(frozen=True, slots=True)

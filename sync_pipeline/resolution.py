@@ -1,18 +1,24 @@
 """An operator's decision on a conflict: settles a held one, or undoes an automatic one. Both are ordinary changes."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import psycopg
 from psycopg import sql
+from psycopg.errors import ForeignKeyViolation, RestrictViolation
 from psycopg.rows import dict_row
 
 from sync_pipeline import catalog, queries
 from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, query
 from sync_pipeline.errors import SyncPipelineError
-from sync_pipeline.records import Relation
+from sync_pipeline.records import Relation, spelled
+from sync_pipeline.statements import TableStatements
+
+# Whose row of a logged conflict: that of the node that has the log, or the other's.
+Whose = Literal["local", "remote"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +43,8 @@ def resolve(
 
     A held conflict: the other node forgets its change, the winner's is sent. A decided one whose winner was another:
     the losing row is written back from the log on the node that has the log, as a change that then syncs; whatever
-    became of the record since is overwritten. Raises `SyncPipelineError` for an unknown number or node, and for a
-    number that both nodes have when `node` is not given.
+    became of the record since is overwritten. Raises `SyncPipelineError` for an unknown number or node, for a number
+    that both nodes have when `node` is not given, and where a foreign key forbids the change; then nothing is changed.
     """
     names = [node.name for node in config.nodes]
     if winner not in names:
@@ -66,10 +72,17 @@ def resolve(
         changed = winner
     else:
         relation = catalog.read(config, connections).relation(node, table)
-        row = conflict["local_row"] if winner == node else conflict["remote_row"]
-        with connections[node].transaction():
-            # Written without the consumer's setting: captured like any change of an application.
-            connections[node].execute(*_write(relation, record_id, row))
+        whose: Whose = "local" if winner == node else "remote"
+        fields = conflict[f"{whose}_fields"]
+        try:
+            # Without the consumer's setting: captured like any change of an application.
+            with connections[node].transaction():
+                if fields is None:
+                    connections[node].execute(_delete(relation, record_id))
+                else:
+                    _write(config, connections[node], relation, fields, conflict_id, whose)
+        except (ForeignKeyViolation, RestrictViolation) as error:
+            raise _refused(relation, record_id, error, deleted=fields is None) from error
         changed = node
     for side in config.nodes:
         _run(
@@ -112,35 +125,57 @@ def _run(config: Config, connection: Connection, name: str, parameters: dict[str
     connection.execute(query(queries.get(name, config.schema_name)), parameters)
 
 
-def _write(
-    relation: Relation, record_id: str, row: dict[str, Any] | None
-) -> tuple[sql.Composed, dict[str, Any]]:
-    """Compose the statement that makes a record what a logged row says, or deletes it."""
-    target = sql.Identifier(relation.schema, relation.name)
-    columns = {field: sql.Identifier(column.name) for field, column in relation.columns.items()}
-    if row is None:
-        values = json.loads(record_id) if len(relation.key) > 1 else [record_id]
-        condition = sql.SQL(" and ").join(
-            sql.SQL("{} = {}::" + relation.columns[field].type_name).format(columns[field], value)
-            for field, value in zip(relation.key, values, strict=True)
-        )
-        return sql.SQL("delete from {} where {}").format(target, condition), {}
-    payload = [field for field in relation.fields if field not in relation.key]
-    given = {relation.columns[field].name: row[field] for field in relation.fields if field in row}
-    action: sql.Composable = sql.SQL("nothing")
-    if payload:
-        action = sql.SQL("update set {}").format(
-            sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(columns[f]) for f in payload)
-        )
-    names = sql.SQL(", ").join(columns.values())
-    statement = sql.SQL(
-        "insert into {target} ({names}) overriding system value "
-        "select {names} from pg_catalog.jsonb_populate_record(null::{target}, %(row)s::jsonb) "
-        "on conflict ({key}) do {action}"
-    ).format(
-        target=target,
-        names=names,
-        key=sql.SQL(", ").join(columns[field] for field in relation.key),
-        action=action,
+def _delete(relation: Relation, record_id: str) -> sql.Composed:
+    values = json.loads(record_id) if len(relation.key) > 1 else [record_id]
+    columns = [relation.columns[field] for field in relation.key]
+    return sql.SQL("delete from {} where {}").format(
+        sql.Identifier(relation.schema, relation.name),
+        sql.SQL(" and ").join(
+            sql.SQL("{} = {}::" + column.type_name).format(sql.Identifier(column.name), value)
+            for column, value in zip(columns, values, strict=True)
+        ),
     )
-    return statement, {"row": json.dumps(given)}
+
+
+def _refused(
+    relation: Relation, record_id: str, error: psycopg.Error, *, deleted: bool
+) -> SyncPipelineError:
+    """Say which record a foreign key keeps from being deleted or written, and because of which table."""
+    said = error.diag
+    cannot = f"{relation.table} {record_id} cannot be {'deleted' if deleted else 'written'}"
+    if not deleted and (said.schema_name, said.table_name) == (relation.schema, relation.name):
+        return SyncPipelineError(
+            f"{cannot}: a row that it refers to is missing ({said.constraint_name})",
+            node=relation.node,
+            remedy="bring that row back first, then resolve again",
+        )
+    return SyncPipelineError(
+        f"{cannot}: rows of {spelled(said.schema_name or '', said.table_name or '')} refer to it",
+        node=relation.node,
+        remedy="delete or move those rows first, then resolve again",
+    )
+
+
+def _write(
+    config: Config,
+    connection: Connection,
+    relation: Relation,
+    fields: Collection[str],
+    conflict_id: int,
+    whose: Whose,
+) -> None:
+    """Make a record what a logged row says, in the columns that were logged. No value leaves the database."""
+    logged = {
+        field: column
+        for field, column in relation.columns.items()
+        if field in fields or field in relation.key
+    }
+    statements = TableStatements(replace(relation, columns=logged), "resolved")
+    connection.execute(statements.create_stage)
+    connection.execute(statements.stage_logged(config.schema_name, whose), {"id": conflict_id})
+    parts, count = statements.upsert(0, "known", of_all=False)
+    connection.execute(
+        sql.SQL("with {} select {}").format(sql.SQL(", ").join(parts), count),
+        {"first": 1, "last": 1},
+    )
+    connection.execute(statements.drop_stage)

@@ -10,7 +10,7 @@ from typing import Literal, LiteralString
 from psycopg import sql
 
 from sync_pipeline.capture import record_id
-from sync_pipeline.records import ForeignKey, Relation
+from sync_pipeline.records import SAME_IN_JSONB, ForeignKey, Relation
 
 # What the events say of the staged records: whether the target has them.
 Expected = Literal["new", "mostly new", "known"]
@@ -560,16 +560,33 @@ class TableStatements:
         )
 
     def as_row(self, alias: str) -> sql.Composed:
-        """The fields of `t` (the user's row) or `s` (the staged row), as one jsonb object by field name."""
+        """The fields of `t` (the user's row) or `s` (the staged row), as one jsonb object by field name.
+
+        `->>` gives each value as a text that is read as the same value again.
+        """
         fields = sql.SQL(", ").join(
-            sql.SQL("{} as {}").format(
+            sql.SQL("{}{} as {}").format(
                 sql.SQL("t.{}").format(self.column(field)) if alias == "t" else self.staged(field),
+                sql.SQL("" if column.type_name in SAME_IN_JSONB else "::text"),
                 sql.Identifier(field),
             )
-            for field in self.relation.fields
+            for field, column in self.relation.columns.items()
         )
         return sql.SQL("(select pg_catalog.to_jsonb(fields) from (select {}) as fields)").format(
             fields
+        )
+
+    def stage_logged(self, schema: str, whose: Literal["local", "remote"]) -> sql.Composed:
+        """Stage a row of the log of conflicts as record 1."""
+        return sql.SQL("insert into {} select 1, true, {} from {} where id = %(id)s").format(
+            self.stage,
+            sql.SQL(", ").join(
+                sql.SQL("({} ->> {})::" + column.type_name).format(
+                    sql.Identifier(f"{whose}_row"), field
+                )
+                for field, column in self.relation.columns.items()
+            ),
+            sql.Identifier(schema, "sync_conflicts"),
         )
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sync_pipeline import install, stream, verify
+from sync_pipeline import install, resolution, stream, verify
 from sync_pipeline.config import Config, load
 from sync_pipeline.database import connected
 from sync_pipeline.stream import Totals
@@ -35,6 +35,13 @@ def totals(pair: Pair) -> Totals:
 def sync_pair(pair: Pair) -> None:
     """Sync until nothing is pending."""
     totals(pair)
+
+
+def resolve(config: Config, number: int, winner: str) -> None:
+    """Decide a logged conflict as an operator does."""
+    with connected(config.first, config, "t") as one, connected(config.second, config, "t") as two:
+        connections = {config.first.name: one, config.second.name: two}
+        resolution.resolve(config, connections, number, winner)
 
 
 def equal(pair: Pair, tables: tuple[str, ...] = TABLES) -> bool:

@@ -8,6 +8,7 @@ import pytest
 from tests.engine import equal, installed, sync_pair
 from tests.helpers import Node, Pair, write_config
 from tests.program import answer, refused, run, succeed
+from tests.shapes import link as linked
 
 WITHOUT_CAPTURE = "begin; set local session_replication_role = replica; {}; commit"
 
@@ -148,6 +149,33 @@ def test_both_rows_are_shown_side_by_side_with_the_differing_fields_marked(
     assert '""' in deleted
 
 
+@pytest.mark.parametrize(
+    ("type_name", "value"),
+    [
+        ("numeric", "1" * 5000),
+        ("numeric", "12345678901234567890.10"),
+        ("numeric[]", "{" + "1" * 5000 + "}"),
+        ("json", "[" * 3000 + "]" * 3000),
+        ("jsonb", '{"price": 1.10}'),
+    ],
+)
+def test_a_value_that_no_program_would_read_exactly_is_listed_as_text_and_resolved(
+    pair: Pair, type_name: str, value: str
+) -> None:
+    linked(pair, f"create table things (id int primary key, value {type_name})", "things")
+    pair.crm.execute("insert into things values (1, null)")
+    sync_pair(pair)
+    pair.crm.execute(f"update things set value = %s::{type_name}", value)
+    pair.billing.execute("delete from things")
+    sync_pair(pair)
+    [conflict] = answer(pair, "conflicts")["conflicts"]
+    assert conflict["remote_row"] == {"id": 1, "value": value}
+    assert value[-5:] in succeed(pair, "conflicts")
+    succeed(pair, "conflicts", "resolve", str(conflict["id"]), "--winner", "crm")
+    sync_pair(pair)
+    assert pair.billing.rows("select value::text from things") == [(value,)]
+
+
 def test_a_held_record_is_neither_retried_nor_discarded(conflicting: Pair) -> None:
     assert answer(conflicting, "failures", "retry")["retried"] == 0
     assert answer(conflicting, "failures", "discard", "--all", "--yes")["discarded"] == 0
@@ -167,6 +195,58 @@ def test_a_held_conflict_is_resolved_and_an_automatic_decision_undone(
     sync_pair(conflicting)
     assert equal(conflicting)
     assert conflicting.crm.rows("select name from accounts") == [(winner,), (winner,)]
+
+
+@pytest.mark.parametrize(
+    "action", ["no action", "restrict", "no action deferrable initially deferred"]
+)
+def test_a_parent_that_cannot_be_deleted_is_named_with_the_table_that_needs_it(
+    pair: Pair, action: str
+) -> None:
+    linked(
+        pair,
+        f"""create table parents (id int primary key);
+        create table children (id int primary key, parent int references parents on delete {action})""",
+        *("parents", "children"),
+    )
+    pair.crm.execute("insert into parents values (1)")
+    sync_pair(pair)
+    pair.crm.execute("delete from parents")
+    pair.billing.execute("insert into children values (1, 1)")
+    sync_pair(pair)
+    [conflict] = answer(pair, "conflicts")["conflicts"]
+    decide = ("conflicts", "resolve", str(conflict["id"]), "--winner", "crm")
+    assert refused(pair, *decide) == (
+        "billing: parents 1 cannot be deleted: rows of public.children refer to it; "
+        "delete or move those rows first, then resolve again\n"
+    )
+    assert answer(pair, "conflicts")["conflicts"] == [conflict]
+    assert pair.billing.rows("parents") == pair.crm.rows("parents") == [(1,)]
+    pair.billing.execute("delete from children")
+    sync_pair(pair)
+    succeed(pair, *decide)
+    sync_pair(pair)
+    assert pair.billing.rows("parents") == pair.crm.rows("parents") == []
+
+
+def test_a_row_that_lacks_its_parent_is_not_brought_back_and_the_constraint_is_named(
+    link: Pair,
+) -> None:
+    link.crm.insert("accounts", id=1, name="one")
+    link.crm.insert("users", id=1, account_id=1, email="1@x.org")
+    sync_pair(link)
+    link.crm.execute("update users set name = 'crm'")
+    link.billing.execute("delete from users")
+    sync_pair(link)
+    [conflict] = answer(link, "conflicts")["conflicts"]
+    link.crm.execute("delete from accounts")
+    sync_pair(link)
+    message = refused(link, "conflicts", "resolve", str(conflict["id"]), "--winner", "crm")
+    assert message == (
+        "billing: users 1 cannot be written: a row that it refers to is missing (users_account_id_fkey); "
+        "bring that row back first, then resolve again\n"
+    )
+    assert link.billing.rows("users") == []
 
 
 def test_an_id_that_both_nodes_have_is_asked_about_and_decides_only_one(conflicting: Pair) -> None:

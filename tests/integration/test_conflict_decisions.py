@@ -2,12 +2,11 @@
 
 import pytest
 
-from sync_pipeline import resolution
 from sync_pipeline.config import Config
-from sync_pipeline.database import connected
 from sync_pipeline.errors import SyncPipelineError
-from tests.engine import equal, installed, sync_pair
+from tests.engine import equal, installed, resolve, sync_pair
 from tests.helpers import Node, Pair, write_config
+from tests.shapes import converge, link, texts
 
 pytestmark = pytest.mark.core
 
@@ -27,13 +26,6 @@ def held(pair: Pair) -> Config:
     pair.crm.execute("update accounts set name = 'other' where id = 2")
     sync_pair(pair)
     return config
-
-
-def resolve(config: Config, number: int, winner: str) -> None:
-    with connected(config.first, config, "t") as one, connected(config.second, config, "t") as two:
-        resolution.resolve(
-            config, {config.first.name: one, config.second.name: two}, number, winner
-        )
 
 
 def names(node: Node) -> list[tuple[object, ...]]:
@@ -119,6 +111,52 @@ def test_undoing_a_delete_brings_the_row_back(pair: Pair, decided: Config) -> No
     sync_pair(pair)
     assert equal(pair)
     assert pair.billing.rows("select name from users") == [("updated",)]
+
+
+def conflict_about(pair: Pair, table: str, change: str) -> int:
+    """Change record 1 on crm, later its word on billing, which wins; return the number of the conflict."""
+    pair.crm.execute(change)
+    pair.billing.execute(f"update {table} set word = 'billing' where id = 1")
+    sync_pair(pair)
+    [(number,)] = pair.billing.rows("select id from sync.sync_conflicts")
+    return int(number)
+
+
+def test_undoing_a_decision_leaves_a_column_alone_that_the_log_does_not_know(pair: Pair) -> None:
+    config = link(pair, "create table words (id int primary key, word text)", "words")
+    pair.crm.execute("insert into words values (1, 'old')")
+    sync_pair(pair)
+    number = conflict_about(pair, "words", "update words set word = 'crm'")
+    for node in pair.nodes:
+        node.execute("alter table words add column phone text")
+    config = installed(pair)
+    pair.crm.execute("update words set phone = '555'")
+    sync_pair(pair)
+    resolve(config, number, "crm")
+    converge(pair, "words")
+    assert texts(pair.crm, "words") == ["(1,crm,555)"]
+
+
+@pytest.mark.parametrize("change", ["update words set word = 'crm'", "delete from words"])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        "id int primary key deferrable, word text",
+        "id int primary key, number int generated always as identity, word text",
+    ],
+)
+def test_decisions_about_deferrable_keys_and_identity_columns_are_undone(
+    pair: Pair, columns: str, change: str
+) -> None:
+    config = link(pair, f"create table words ({columns})", "words")
+    pair.crm.execute("insert into words (id, word) values (1, 'old')")
+    sync_pair(pair)
+    before = conflict_about(pair, "words", change)
+    for winner in ("crm", "billing"):
+        resolve(config, before, winner)
+        converge(pair, "words")
+        words = pair.crm.rows("select word from words")
+        assert words == ([] if winner == "crm" and "delete" in change else [(winner,)])
 
 
 def test_an_unknown_conflict_or_node_changes_nothing(pair: Pair, decided: Config) -> None:
@@ -214,6 +252,48 @@ def test_a_conflict_about_a_value_that_one_node_cannot_read_stops_no_other_recor
         won = {"crm": "happy"}.get(policy)
         assert pair.crm.rows("select mood from moods where id = 1") == [(won,)]
         assert [n.rows("select * from sync.sync_failures") for n in pair.nodes] == [[], []]
+
+
+@pytest.mark.parametrize("policy", ["last_update_wins", "crm", "hold"])
+@pytest.mark.parametrize("value", [r'{"a": "\u0000"}', r'"\ud800"', "1e1000000"])
+def test_a_conflict_about_json_that_jsonb_refuses_is_decided_and_undone(
+    pair: Pair, value: str, policy: str
+) -> None:
+    config = link(
+        pair,
+        "create table words (id int primary key, word text, said json)",
+        {"name": "words", "conflict": policy},
+    )
+    pair.crm.execute("insert into words values (1, 'old', null)")
+    sync_pair(pair)
+    pair.crm.execute("update words set said = %s", value)
+    pair.billing.execute("update words set word = 'billing'")
+    pair.billing.execute("insert into words values (2, 'innocent', null)")
+    sync_pair(pair)
+    assert pair.crm.rows("select word from words where id = 2") == [("innocent",)]
+    [(number, logged)] = pair.billing.rows(
+        "select id, remote_row ->> 'said' from sync.sync_conflicts"
+    )
+    assert logged == value
+    for winner, row in (("billing", ("billing", None)), ("crm", ("old", value))):
+        resolve(config, number, winner)
+        converge(pair, "words")
+        assert pair.billing.rows("select word, said::text from words where id = 1") == [row]
+
+
+def test_a_deleted_parent_with_json_that_jsonb_refuses_comes_back(pair: Pair) -> None:
+    link(
+        pair,
+        """create table parents (id int primary key, said json);
+        create table children (id int primary key, parent int not null references parents)""",
+        *("parents", "children"),
+    )
+    pair.crm.execute("insert into parents values (1, %s)", r'"\u0000"')
+    sync_pair(pair)
+    pair.crm.execute("delete from parents")
+    pair.billing.execute("insert into children values (1, 1)")
+    converge(pair, "parents", "children")
+    assert pair.billing.rows("select kind from sync.sync_conflicts") == [("parent_deleted",)]
 
 
 def test_a_key_that_one_node_cannot_read_stops_no_other_record(pair: Pair) -> None:

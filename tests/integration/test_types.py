@@ -9,7 +9,7 @@ import pytest
 from psycopg import sql
 
 from sync_pipeline import doctor, servers
-from tests.engine import config_of, totals
+from tests.engine import config_of, resolve, totals
 from tests.helpers import Clusters, Node, Pair, write_config
 from tests.shapes import converge, failures, link, texts
 
@@ -37,7 +37,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     ),
     "varchar(5)": ("", "abcde", "a    "),
     "char(5)": ("", "ab", "abcde"),
-    "bpchar": ("ab", "abc"),
+    "bpchar": ("ab  ", "abc"),
     '"char"': ("x", "", "\\200"),
     "name": ("x", "with space"),
     "bytea": ("", "\\x00ff5c4e0a", "\\x5c4e"),
@@ -58,7 +58,10 @@ VALUES: dict[str, tuple[str, ...]] = {
     ),
     "interval year to month": ("1 year 2 mons",),
     "uuid": ("00000000-0000-0000-0000-000000000000", "ffffffff-ffff-ffff-ffff-ffffffffffff"),
-    "json": ('{"b": 1,  "a": 1.10, "a": null}', "null", '"\\u00e9"', "1e400"),
+    "json": (
+        '{"b": 1,  "a": 1.10, "a": null}', "null", '"\\u00e9"', "1e400", "1e1000000",
+        '{"a": "\\u0000"}', '"\\ud800"',
+    ),
     "jsonb": ('{"b": 1, "a": 1.10}', "null", "[]", "12345678901234567890.10"),
     "jsonpath": ('$."a"[*] ? (@ > 1)',),
     "bit(5)": ("10101", "00000"),
@@ -182,6 +185,25 @@ def test_every_type_travels_as_payload_in_both_directions(pair: Pair, pg_version
     pair.billing.execute(f"update wide as mine set ({names}) = ({other_row}) where id < 1000")
     converge(pair, "wide")
     assert differing_columns(pair, values) == []
+
+
+def test_a_decision_that_is_undone_brings_every_type_back(pair: Pair, pg_version: int) -> None:
+    values = values_of(pg_version)
+    config = link(pair, wide_table(values), "wide")
+    fill(pair.crm, values)
+    pair.crm.execute("insert into wide (id) values (1000)")
+    converge(pair, "wide")
+    written = texts(pair.crm, "wide")
+    pair.crm.execute(
+        "insert into sync.sync_events (table_name, record_id) select 'wide', id::text from wide"
+    )
+    nulls = ", ".join(f"c{n} = null" for n, name in enumerate(values) if name != "small_code")
+    pair.billing.execute(f"update wide set {nulls}")
+    converge(pair, "wide")
+    for (number,) in pair.billing.rows("select id from sync.sync_conflicts"):
+        resolve(config, number, "crm")
+    converge(pair, "wide")
+    assert texts(pair.crm, "wide") == written
 
 
 def test_equal_rows_of_any_type_are_not_written_again(pair: Pair, pg_version: int) -> None:
@@ -389,6 +411,24 @@ def test_xml_and_the_types_of_extensions_travel(extended: Pair) -> None:
         "BOB",
         "EVE",
     ]
+
+
+def test_a_decision_that_is_undone_brings_the_types_of_extensions_back(extended: Pair) -> None:
+    config = link(
+        extended,
+        """create extension hstore; create extension ltree;
+        create table things (id int primary key, doc xml, more hstore, path ltree, word text)""",
+        "things",
+    )
+    extended.crm.execute("insert into things (id) values (1)")
+    totals(extended)
+    extended.crm.execute("update things set doc = '<a/>', more = 'x=>1, y=>NULL', path = 'a.b'")
+    written = texts(extended.crm, "things")
+    extended.billing.execute("update things set word = 'billing'")
+    converge(extended, "things")
+    resolve(config, extended.billing.value("select id from sync.sync_conflicts"), "crm")
+    converge(extended, "things")
+    assert texts(extended.crm, "things") == written
 
 
 def test_keys_that_a_collation_finds_equal_are_one_record(extended: Pair) -> None:
