@@ -1,8 +1,8 @@
 """Drain and poll while somebody holds an old snapshot, so that no vacuum can remove a million consumed events.
 
 Beside a second link, whose databases have consumed as many events while nobody holds one; the two take turns. Both are
-drained and polled by a worker that has led for a while, as `stream` does. A worker that begins while the snapshot is
-held passes all dead events once; it has figures of its own.
+drained and polled by a consumer that has led for a while, as `stream` does. A consumer that begins while the snapshot
+is held passes all dead events once; it has figures of its own.
 """
 
 import statistics
@@ -59,7 +59,7 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
             at_least=0.9,
         ),
         Figure(
-            "drain with one held, by a worker that just began",
+            "drain with one held, by a consumer that just began",
             [records / beginning.seconds],
             "records/s",
             details={"profile": profile},
@@ -71,7 +71,7 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
             [theirs / mine for mine, theirs in zip(polls["held"], polls["free"], strict=True)],
             at_least=0.9,
         ),
-        Figure("poll with one held, by a worker that just began", [fresh_poll], "ms"),
+        Figure("poll with one held, by a consumer that just began", [fresh_poll], "ms"),
     ]
 
 

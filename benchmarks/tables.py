@@ -12,7 +12,7 @@ TABLES = 50
 
 
 def measure(arena: Arena, options: Options) -> list[Figure]:
-    """Time passes of a worker that leads already."""
+    """Time passes of a consumer that leads already."""
     names = [f"items_{number}" for number in range(TABLES)]
     schema = "\n".join(workloads.items(100, name=name) for name in names)
     milliseconds = []
@@ -34,7 +34,7 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
     figures.progress(f"    {', '.join(f'{sample:.0f} ms' for sample in milliseconds)}")
     return [
         Figure(f"a pass over {TABLES} tables", milliseconds[1:], "ms", at_most=100),
-        Figure("the first such pass of a worker", milliseconds[:1], "ms"),
+        Figure("the first such pass of a consumer", milliseconds[:1], "ms"),
     ]
 
 

@@ -137,7 +137,7 @@ class WrongDatabase(SyncPipelineError):
 
 
 class LockTaken(SyncPipelineError):
-    """Leave it or stand by: another worker leads this link."""
+    """Leave it or stand by: another consumer leads this link."""
 
     exit_code = 3
 

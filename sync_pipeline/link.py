@@ -1,4 +1,4 @@
-"""The open connections of a link, held by the one worker that leads: a writer with the lock and a reader per node.
+"""The open connections of a link, held by the one consumer that leads: a writer with the lock and a reader per node.
 
 While a backlog is drained, its target has a second writer with a lock of its own: one batch is staged there while the
 other writer applies the one before.
@@ -174,7 +174,7 @@ def lead(config: Config, *, standing_by: bool = False, again: bool = False) -> I
     Who is `standing_by` asks for one lock again and again: then nothing else is opened before it is taken. A missing
     table is left out, and for who leads `again` every table that no schema change should have touched: others go on.
 
-    Raises `LockTaken` when another worker leads, `PoolerRefused` behind a pooler that shares sessions,
+    Raises `LockTaken` when another consumer leads, `PoolerRefused` behind a pooler that shares sessions,
     `NotInstalled`, `WrongDatabase` where a dsn leads to another database than the one that was installed,
     `ConnectionFailed`, `CatalogMismatch`. At the end running statements are cancelled, so that the
     locks are free at once even after an interruption.

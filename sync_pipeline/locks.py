@@ -41,7 +41,7 @@ def take(connection: Connection, config: Config, node: str) -> Leader:
     holder = leader(connection, config)
     if not taken or holder is None:
         raise LockTaken(
-            f"another worker leads: {holder or 'it has just left'}",
+            f"another consumer leads: {holder or 'it has just left'}",
             node=node,
             remedy="wait for it, or stop it; only one works at a time",
         )

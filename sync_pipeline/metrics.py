@@ -94,7 +94,10 @@ def _families() -> dict[str, Any]:
         "conflicts_last_day": ("Conflicts of the last 24 hours.", ["node"]),
         "paused": ("Whether consumption is paused on the node.", ["node"]),
         "led": ("Whether a consumer holds the node's lock.", ["node"]),
-        "last_pass_timestamp_seconds": ("When a pass last did something, as Unix time.", ["node"]),
+        "last_pass_timestamp_seconds": (
+            "When a pass last took something from the node, as Unix time.",
+            ["node"],
+        ),
         "clock_difference_seconds": (
             "How far the second node's clock is ahead of the first's.",
             [],

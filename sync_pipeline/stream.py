@@ -63,7 +63,7 @@ class Listener:
 
 
 def sync(config: Config, listener: Listener | None = None) -> Totals:
-    """Pass until nothing is pending that can be applied now. Raises `LockTaken` when another worker leads.
+    """Pass until nothing is pending that can be applied now. Raises `LockTaken` when another consumer leads.
 
     A pass that was interrupted is tried again, up to five times in a row, on new connections.
     """
@@ -103,7 +103,7 @@ def stream(
     seconds: float | None = None,
     listener: Listener | None = None,
 ) -> Totals:
-    """Pass and wait until `stop` is set or `seconds` are over; stand by while another worker leads.
+    """Pass and wait until `stop` is set or `seconds` are over; stand by while another consumer leads.
 
     Lost connections and transient errors are survived: the loop waits, longer each time, and connects again.
     """

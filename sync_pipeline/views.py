@@ -81,7 +81,7 @@ class Status:
 
     @property
     def leader(self) -> tuple[str, Leader] | None:
-        """A node and the session that holds its lock: the worker that leads."""
+        """A node and the session that holds its lock: the consumer that leads."""
         for name, node in self.nodes.items():
             if node.leader is not None:
                 return name, node.leader

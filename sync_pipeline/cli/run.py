@@ -44,7 +44,7 @@ def register(app: typer.Typer) -> None:
 
 
 def sync(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Pass until nothing is pending that can be applied now; exit 3 when another worker leads."""
+    """Pass until nothing is pending that can be applied now; exit 3 when another consumer leads."""
     link = configuration.load(config)
     told: set[str] = set()
 
@@ -112,7 +112,7 @@ def stream(
         ),
     ] = DEFAULT_HOST,
 ) -> None:
-    """Sync continuously until stopped; a second worker stands by until the first is gone.
+    """Sync continuously until stopped; a second consumer stands by until the first is gone.
 
     SIGINT and SIGTERM end it cleanly after the running pass, a second one at once. The log goes to stdout, with
     `--json` to stderr.
@@ -149,7 +149,7 @@ def _measured(link: Config, log: "Log", host: str, port: int | None) -> Iterator
 def pause(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     """Stop consumption on both nodes; changes are still captured and wait.
 
-    A worker that runs notices within seconds. With one node down the other is paused, which is enough to stop, and
+    A consumer that runs notices within seconds. With one node down the other is paused, which is enough to stop, and
     the command ends with 1.
     """
     _switch(configuration.load(config), paused=True, as_json=as_json)
@@ -212,13 +212,13 @@ class Log:
         return new
 
     def leading(self) -> None:
-        """This worker has the locks of both nodes."""
+        """This consumer has the locks of both nodes."""
         self._standing_by = False
         names = " and ".join(node.name for node in self._link.nodes)
         self._write("leading", f"leading {names}", nodes=[node.name for node in self._link.nodes])
 
     def standing_by(self, error: LockTaken) -> None:
-        """Another worker leads; said once, not at every try."""
+        """Another consumer leads; said once, not at every try."""
         if not self._standing_by:
             self._standing_by = True
             self._write(

@@ -45,7 +45,7 @@ def build_sync_definitions(
         resource_defs={**link, "io_manager": _stages},
         tags={
             **names.tags,
-            # One at a time in the queue; beside other workers the lock decides.
+            # One at a time in the queue; beside other consumers the lock decides.
             "sync/exclusive": names.of("sync_job"),
             # Whoever turns run retries on: only a whole pass can be retried.
             "dagster/retry_strategy": "ALL_STEPS",

@@ -33,7 +33,7 @@ def sync_sensor(names: Names, job: dg.JobDefinition) -> dg.SensorDefinition:
         job=job,
         minimum_interval_seconds=MINIMUM_INTERVAL_SECONDS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Asks for a pass when changes wait on either node and no worker leads.",
+        description="Asks for a pass when changes wait on either node and no consumer leads.",
     )
     def sync(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         try:

@@ -53,7 +53,7 @@ class Session:
     def lead(self) -> Link | None:
         """Take both locks on the first call.
 
-        None when another worker leads or the link is paused: `stood_back` says which, for this run.
+        None when another consumer leads or the link is paused: `stood_back` says which, for this run.
         """
         if self.stood_back is None and self._link is None:
             try:

@@ -140,7 +140,7 @@ def sync_job(names: Names, **options: Any) -> dg.JobDefinition:
         name=name,
         description=(
             f"One pass over {first} and {second}: each direction takes one snapshot of its source. A run that finds"
-            " another worker leading ends at once as a success that did nothing."
+            " another consumer leading ends at once as a success that did nothing."
         ),
     )
     def both() -> None:

@@ -32,7 +32,7 @@ class StreamConfig(dg.Config):
 @dg.op(
     required_resource_keys={"link"},
     description=(
-        "Passes and waits until the time budget is over. While another worker leads, it stands by; lost connections"
+        "Passes and waits until the time budget is over. While another consumer leads, it stands by; lost connections"
         " are survived."
     ),
 )

@@ -80,7 +80,7 @@ def test_sync_ends_with_three_while_another_worker_streams_and_works_again_after
 ) -> None:
     with running(link, "stream") as worker:
         line_with(worker, "leading crm and billing")
-        assert "another worker leads" in refused(link, "sync", code=3)
+        assert "another consumer leads" in refused(link, "sync", code=3)
         assert answer(link, "status")["leader"]["node"] == "crm"
         assert stop(worker) == 0
     assert run(link, "sync").returncode == 0
@@ -116,13 +116,13 @@ def test_standing_by_is_said_once_until_it_leads_again(
 ) -> None:
     log = Log(config_of(link), LogFormat.text, to_stderr=False)
     for _ in range(2):
-        log.standing_by(LockTaken("another worker leads", node="crm"))
-        log.standing_by(LockTaken("another worker leads", node="crm"))
+        log.standing_by(LockTaken("another consumer leads", node="crm"))
+        log.standing_by(LockTaken("another consumer leads", node="crm"))
         log.leading()
     said = [line.split(" ", 2)[2] for line in capsys.readouterr().out.splitlines()]
     assert said == [
-        *("standing by: crm: another worker leads", "leading crm and billing"),
-        *("standing by: crm: another worker leads", "leading crm and billing"),
+        *("standing by: crm: another consumer leads", "leading crm and billing"),
+        *("standing by: crm: another consumer leads", "leading crm and billing"),
     ]
 
 

@@ -139,7 +139,7 @@ def test_watch_fits_a_terminal_of_80_columns(link: Pair) -> None:
 def test_watch_shows_a_link_at_work_as_in_the_picture(
     link: Pair, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """A worker leads, changes come and go, a record is refused; `--screenshots docs/images` renews the picture."""
+    """A consumer leads, changes come and go, a record is refused; `--screenshots docs/images` renews the picture."""
     link.billing.execute("alter table users add constraint adult check (age >= 18)")
     link.crm.insert("accounts", id=0, name="conflict")
     sync_pair(link)

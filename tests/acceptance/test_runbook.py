@@ -157,6 +157,51 @@ def test_a_dead_letter_is_retried_by_one_update(pair: Pair) -> None:
     assert pair.crm.value("select count(*) from sync.sync_failures") == 0
 
 
+@pytest.mark.parametrize("winner", ["crm", "billing"])
+def test_a_held_conflict_is_decided_by_hand(pair: Pair, winner: str) -> None:
+    write_config(pair.config_path, ["accounts", {"name": "users", "conflict": "hold"}])
+    installed(pair)
+    pair.crm.insert("accounts", id=1, name="one")
+    pair.crm.insert("users", id=42, account_id=1, email="a@x.org")
+    sync_pair(pair)
+    for node in pair.nodes:
+        node.execute("update users set name = %s", node.name)
+    sync_pair(pair)
+    mine, other = sorted(pair.nodes, key=lambda node: node.name != winner)
+    other.execute("update users set age = 3")
+    for node in (other, mine):
+        node.execute(statement("Conflicts", "delete from sync.sync_failures"))
+        node.execute(statement("Conflicts", "delete from sync.sync_events"))
+    mine.execute(statement("Conflicts", "insert into"))
+    for node in pair.nodes:
+        noted = statement("Conflicts", "update sync.sync_conflicts")
+        node.execute(noted.replace("'crm'", f"'{winner}'"))
+    sync_pair(pair)
+    assert equal(pair)
+    assert mine.value("select name from users") == winner
+    for node in pair.nodes:
+        assert node.value("select retrying + dead + conflicts_held from sync.sync_status") == 0
+
+
+def test_a_detached_partition_takes_no_rows_along(pair: Pair) -> None:
+    for node in pair.nodes:
+        node.execute("create table years (year int primary key) partition by range (year)")
+        node.execute("create table old partition of years for values from (0) to (2000)")
+    write_config(pair.config_path, ["years"])
+    installed(pair)
+    pair.crm.insert("years", year=1999)
+    sync_pair(pair)
+    with pair.crm.connection.transaction():
+        pair.crm.execute("alter table years detach partition old")
+        look = statement("Detaching a partition", "drop trigger").replace("'users'", "'old'")
+        for (drop,) in pair.crm.rows(look):
+            pair.crm.execute(drop)
+    pair.crm.execute("delete from old")
+    sync_pair(pair)
+    assert pair.billing.rows("years") == [(1999,)]
+    assert pair.crm.value("select count(*) from pg_trigger where tgrelid = 'old'::regclass") == 0
+
+
 def test_one_update_pauses_and_another_resumes(pair: Pair) -> None:
     installed(pair)
     pair.billing.execute(statement("It is paused", "coalesce"))

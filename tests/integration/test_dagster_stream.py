@@ -73,7 +73,7 @@ def test_a_stream_run_stands_by_while_another_worker_leads(
     assert result.success
     assert link.crm.pending() == 1
     said = [entry.message for entry in instance.all_logs(result.run_id)]
-    assert sum(message.startswith("stands by: another worker leads") for message in said) == 1
+    assert sum(message.startswith("stands by: another consumer leads") for message in said) == 1
 
 
 def test_a_stream_run_on_nodes_without_the_pipeline_fails_in_one_line(

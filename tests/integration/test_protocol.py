@@ -393,7 +393,7 @@ def test_a_lock_timeout_on_the_target_costs_no_attempt(pair: Pair) -> None:
 
 
 def test_a_second_consumer_is_told_who_leads(pair: Pair, link: Link) -> None:
-    with pytest.raises(LockTaken, match=r"another worker leads: backend [0-9]+ from"):
+    with pytest.raises(LockTaken, match=r"another consumer leads: backend [0-9]+ from"):
         stream.sync(config_of(pair))
 
 

@@ -357,6 +357,31 @@ def test_a_wider_value_than_the_other_side_takes_fails_alone_and_is_not_cut(pair
     ]
 
 
+def test_a_value_of_finer_grain_is_rounded_as_an_assignment_rounds_it(pair: Pair) -> None:
+    link(
+        pair,
+        (
+            "create table fine (id int primary key, n numeric, at timestamp, f float8, word text, span interval)",
+            """create table fine (id int primary key, n numeric(12,2), at timestamp(0), f real, word varchar(3),
+            span interval hour to minute)""",
+        ),
+        "fine",
+    )
+    pair.crm.execute(
+        "insert into fine values (1, 1.239, '2024-01-01 10:00:00.6', 0.1234567891, 'abc  ', '02:03:04')"
+    )
+    totals(pair)
+    assert failures(pair.crm) == []
+    rounded = ['(1,1.24,"2024-01-01 10:00:01",0.12345679,abc,02:03:00)']
+    assert texts(pair.billing, "fine") == rounded
+    pair.billing.execute("update fine set word = word || ''")
+    pair.billing.execute("update fine set f = f * 2")
+    totals(pair)
+    assert texts(pair.crm, "fine") == texts(pair.billing, "fine")
+    warned = [f.message for f in doctor.examine(config_of(pair)) if f.check == "type"]
+    assert [message.split()[0] for message in warned] == ["n", "at", "f", "word"]
+
+
 @pytest.fixture
 def extended(clusters: Clusters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
     """A pair on the system's own PostgreSQL, which has extensions and XML."""
