@@ -550,18 +550,29 @@ where event.id >= lower(read_ids)
     and event.created_at <= %(read_at)s::timestamptz
 
 -- name: clear_applied_failures
--- Failures of records whose events are in a batch that the target has committed.
-delete from {schema}.sync_failures as failure
-using unnest(%(ids)s::int8multirange) as read_ids
-join {schema}.sync_events as event
-    on event.id >= lower(read_ids) and event.id < upper(read_ids)
-where failure.table_name = event.table_name
-    and failure.record_id = event.record_id
-    and event.created_at <= %(read_at)s::timestamptz
+-- Failures of records whose events are in a batch that the target has committed. Who was held is so no longer.
+with cleared as (
+    delete from {schema}.sync_failures as failure
+    using unnest(%(ids)s::int8multirange) as read_ids
+    join {schema}.sync_events as event
+        on event.id >= lower(read_ids) and event.id < upper(read_ids)
+    where failure.table_name = event.table_name
+        and failure.record_id = event.record_id
+        and event.created_at <= %(read_at)s::timestamptz
+    returning failure.table_name, failure.record_id
+)
+update {schema}.sync_conflicts as conflict
+set winner = node.node, resolved_at = pg_catalog.clock_timestamp()
+from cleared
+cross join {schema}.sync_node as node
+where conflict.table_name = cleared.table_name
+    and conflict.record_id = cleared.record_id
+    and conflict.resolved_at is null
 
 -- name: clear_failures
--- Records that failed before and have now been applied: those of a batch's events, and those retried. The limit, which is
--- none, tells the planner how many events there are: few are looked up among many failures, and the other way round.
+-- Records that failed before and have now been applied: those of a batch's events, and those retried. If they were held,
+-- their conflict is settled, too: for this node, but for those that lost. The limit, which is none, tells the planner how
+-- many events there are: few are looked up among many failures, and the other way round.
 with applied as (
     select unnest(%(retried)s::text[]) as record_id
     union
@@ -573,12 +584,23 @@ with applied as (
         where event.table_name = %(table_name)s
         limit %(events)s
     )
+),
+cleared as (
+    delete from {schema}.sync_failures as failure
+    using applied
+    where failure.table_name = %(table_name)s
+        and failure.record_id = applied.record_id
+        and failure.record_id not in (select unnest(%(still_failing)s::text[]))
+    returning failure.record_id
 )
-delete from {schema}.sync_failures as failure
-using applied
-where failure.table_name = %(table_name)s
-    and failure.record_id = applied.record_id
-    and failure.record_id not in (select unnest(%(still_failing)s::text[]))
+update {schema}.sync_conflicts as conflict
+set winner = case when cleared.record_id = any (%(lost)s::text[]) then node.peer else node.node end,
+    resolved_at = pg_catalog.clock_timestamp()
+from cleared
+cross join {schema}.sync_node as node
+where conflict.table_name = %(table_name)s
+    and conflict.record_id = cleared.record_id
+    and conflict.resolved_at is null
 
 -- name: record_failures
 -- Move failing records from the events to the failures; the wait doubles from attempt to attempt, with jitter.
@@ -761,6 +783,27 @@ set state = 'held',
     error = excluded.error,
     changed_at = greatest(failure.changed_at, excluded.changed_at),
     last_failed_at = pg_catalog.clock_timestamp()
+
+-- name: settle_conflicts
+-- Records that were held are so no longer: note who has won; what this node keeps of them is sent.
+with decided as (
+    select record_id, winner
+    from unnest(%(record_ids)s::text[], %(winners)s::text[]) as given (record_id, winner)
+),
+sent as (
+    update {schema}.sync_failures as failure
+    set state = 'retrying', next_attempt_at = pg_catalog.clock_timestamp()
+    from decided
+    where failure.table_name = %(table_name)s
+        and failure.record_id = decided.record_id
+        and failure.state = 'held'
+)
+update {schema}.sync_conflicts as conflict
+set winner = decided.winner, resolved_at = pg_catalog.clock_timestamp()
+from decided
+where conflict.table_name = %(table_name)s
+    and conflict.record_id = decided.record_id
+    and conflict.resolved_at is null
 
 -- name: read_conflict
 -- One conflict by its number, and which fields each of its rows has: null where there was no row.

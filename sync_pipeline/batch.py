@@ -68,7 +68,7 @@ class Batch:
         self._error: psycopg.Error | None = None
         self._failures: list[Failure] = []
         self._conflicts: dict[str, int] = {}
-        self._lost: dict[str, int] = {}
+        self._lost: dict[str, list[str]] = {}
         # How many records to be deleted stay, by table, in this savepoint, and which wait.
         self._kept: dict[str, int] = {}
         self._waiting: dict[str, list[str]] = {}
@@ -416,7 +416,7 @@ class Batch:
             if not decision.again:
                 self._conflicts[table] = self._conflicts.get(table, 0) + 1
             if decision.winner != self.source:
-                self._lost[table] = self._lost.get(table, 0) + 1
+                self._lost.setdefault(table, []).append(decision.dirty.record_id)
                 self.not_won.add((table, decision.dirty.record_id))
 
     def _changes(self, table: str, record_ids: list[str]) -> dict[str, Change]:
@@ -450,7 +450,7 @@ class Batch:
             failures = {f.record_id: f for f in self._failures if f.table_name == table}
             known = self._changes(table, list(failures)) if failures else {}
             failed = [failure for record_id, failure in failures.items() if record_id in known]
-            self.outcomes.append(Outcome(table, retried, failed))
+            self.outcomes.append(Outcome(table, retried, failed, self._lost.get(table, [])))
             left_out += [change.ids for change in known.values() if change.ids is not None]
         ledger.forget(self._connection, self._schema, self.forget())
         self.ledger_id = ledger.record(
@@ -481,7 +481,7 @@ class Batch:
         for table, number in staged.items():
             entry = self.counts[table]
             not_written = (
-                self._lost.get(table, 0)
+                len(self._lost.get(table, []))
                 + self._kept.get(table, 0)
                 + len(self._waiting.get(table, []))
             )

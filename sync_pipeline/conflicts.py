@@ -117,6 +117,17 @@ def settle(
                     "record_ids": [text for item in cleared for text in item.failed_as],
                 },
             )
+        # A failure of such a record may say that it was held before.
+        decided = [d for d in mine if d.dirty.failed_as and (d.equal or d.winner)]
+        if decided:
+            connection.execute(
+                query(queries.get("settle_conflicts", schema)),
+                {
+                    "table_name": table,
+                    "record_ids": [text for d in decided for text in d.dirty.failed_as],
+                    "winners": [d.winner or source for d in decided for _ in d.dirty.failed_as],
+                },
+            )
         undecided = [d.dirty for d in mine if not d.equal and d.winner is None]
         if undecided:
             connection.execute(

@@ -14,11 +14,12 @@ from sync_pipeline.snapshot import EMPTY, Part, count, one_row
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a table's records on the target: which were retried, which failed."""
+    """What became of a table's records on the target: which were retried, which failed, which lost a conflict."""
 
     table: str
     retried: list[str]
     failures: list[Failure]
+    lost: list[str]
 
 
 def poll(connection: Connection, schema: str, floor: int) -> tuple[bool, int]:
@@ -57,6 +58,7 @@ def acknowledge(
                         "events": count(ids),
                         "retried": outcome.retried,
                         "still_failing": [failure.record_id for failure in failing],
+                        "lost": outcome.lost,
                     },
                     # Planned for this number of events.
                     prepare=False,

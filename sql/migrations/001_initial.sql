@@ -52,6 +52,7 @@ create table {schema}.sync_conflicts (
     resolved_at timestamptz
 );
 create index sync_conflicts_detected_at on {schema}.sync_conflicts (detected_at);
+create index sync_conflicts_open on {schema}.sync_conflicts (table_name, record_id) where resolved_at is null;
 
 -- The ledger: batches of the other node committed here and perhaps not yet acknowledged there.
 create table {schema}.sync_applied (

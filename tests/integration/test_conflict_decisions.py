@@ -60,6 +60,49 @@ def test_a_held_record_that_changes_again_stays_one_conflict(pair: Pair, held: C
     assert len(open_conflicts(pair)) <= 2
 
 
+@pytest.mark.parametrize(
+    ("by", "name"), [(("crm", "billing"), "same"), (("crm",), "billing"), (("billing",), "crm")]
+)
+def test_a_held_record_that_became_equal_is_settled_and_the_next_conflict_is_logged(
+    pair: Pair, held: Config, by: tuple[str, ...], name: str
+) -> None:
+    for node in pair.nodes:
+        if node.name in by:
+            node.execute("update accounts set name = %s where id = 1", name)
+    sync_pair(pair)
+    assert [n.value("select conflicts_held from sync.sync_status") for n in pair.nodes] == [0, 0]
+    assert [n.rows("select * from sync.sync_failures") for n in pair.nodes] == [[], []]
+    assert pair.billing.rows("select winner from sync.sync_conflicts") == [(by[0],)]
+    for node in pair.nodes:
+        node.execute("update accounts set name = %s where id = 1", f"{node.name} again")
+    sync_pair(pair)
+    assert pair.billing.rows(
+        "select local_row ->> 'name', remote_row ->> 'name' from sync.sync_conflicts "
+        "where resolved_at is null"
+    ) == [("billing again", "crm again")]
+
+
+@pytest.mark.parametrize("changed", ["crm", "billing"])
+@pytest.mark.parametrize("policy", ["crm", "billing"])
+def test_a_held_record_is_settled_by_the_policy_that_the_table_has_later(
+    pair: Pair, held: Config, policy: str, changed: str
+) -> None:
+    write_config(
+        pair.config_path, tables=[{"name": "accounts", "conflict": policy}, "users", "orders"]
+    )
+    node = pair.crm if changed == "crm" else pair.billing
+    node.execute("update accounts set name = %s where id = 1", changed)
+    node.execute("update accounts set plan = 'new' where id = 1")
+    sync_pair(pair)
+    assert equal(pair)
+    assert names(pair.crm)[0] == (policy,)
+    assert [n.rows("select * from sync.sync_failures") for n in pair.nodes] == [[], []]
+    winners = [
+        row for n in pair.nodes for row in n.rows("select distinct winner from sync.sync_conflicts")
+    ]
+    assert set(winners) == {(policy,)}
+
+
 @pytest.mark.parametrize("winner", ["crm", "billing"])
 def test_an_operator_settles_a_held_record(pair: Pair, held: Config, winner: str) -> None:
     [(number, kind)] = open_conflicts(pair)

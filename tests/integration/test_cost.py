@@ -444,6 +444,7 @@ def test_failures_are_noted_and_cleared_in_proportion_to_their_number(
         "events": 0,
         "retried": records,
         "still_failing": records,
+        "lost": [],
     }
     for name, parameters in (("record_failures", noted), ("clear_failures", cleared)):
         statement = query(b"explain (analyze, format json) " + queries.get(name, "sync"))

@@ -64,6 +64,20 @@ def test_a_batch_committed_but_not_acknowledged_is_not_applied_twice(
         assert node.rows("accounts") == []
 
 
+def test_a_held_record_that_became_equal_is_settled_though_nobody_acknowledged(pair: Pair) -> None:
+    write_config(pair.config_path, [{"name": "accounts", "conflict": "hold"}, "users", "orders"])
+    installed(pair)
+    for node in pair.nodes:
+        node.insert("accounts", id=1, name=node.name)
+    sync_pair(pair)
+    assert len(pair.billing.rows("select from sync.sync_conflicts where winner is null")) == 1
+    pair.billing.execute("update accounts set name = 'crm'")
+    crash(pair, "after the target's commit", "billing")
+    sync_pair(pair)
+    assert pair.billing.rows("select winner from sync.sync_conflicts") == [("billing",)]
+    assert [n.rows("select * from sync.sync_failures") for n in pair.nodes] == [[], []]
+
+
 def test_events_whose_ids_come_back_after_a_restore_are_not_taken_for_applied(pair: Pair) -> None:
     installed(pair)
     pair.crm.insert("accounts", id=1, name="first")
