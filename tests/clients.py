@@ -279,7 +279,8 @@ def assert_nothing_is_lost(pair: Pair, done: Effects, unsure: Effects | None = N
         (row, node.name)
         for node in pair.nodes
         for row in node.rows(
-            "select table_name, record_id, winner, local_row, remote_row from sync.sync_conflicts"
+            "select table_name, record_id, winner, (local_row ->> 'history')::text[], "
+            "(remote_row ->> 'history')::text[] from sync.sync_conflicts"
         )
     ]
     present = {token for history in rows.values() for token in history}
@@ -287,7 +288,7 @@ def assert_nothing_is_lost(pair: Pair, done: Effects, unsure: Effects | None = N
         token
         for (*_, winner, local, remote), node in log
         # The row that lost; what won is in a row, or was changed again since.
-        for token in ((remote if winner == node else local) or {"history": []})["history"]
+        for token in ((remote if winner == node else local) or [])
     }
     unsure = unsure or Effects()
     removed = {
