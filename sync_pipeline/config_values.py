@@ -138,8 +138,8 @@ class TableConfig(Model):
         return self.source is None or self.source == node
 
     def where(self, node: str) -> str | None:
-        """The SQL condition on the rows that `node` sends; not parenthesised."""
-        return self.conditions.get(node)
+        """The SQL condition on the rows that `node` sends; not parenthesised. None for a node that sends nothing."""
+        return self.conditions.get(node) if self.sends(node) else None
 
 
 class RetryConfig(Model):
@@ -353,12 +353,6 @@ def _node_contradictions(
     for node in table.conditions:
         if node not in names:
             yield (*place, "where", node), "unknown node", nodes
-        elif not table.sends(node):
-            yield (
-                (*place, "where", node),
-                f"has no effect: `source` says that {node} sends nothing of this table",
-                "remove one of the two",
-            )
 
 
 def _field_contradictions(place: Place, table: TableConfig) -> Iterator[Contradiction]:

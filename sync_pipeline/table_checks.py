@@ -111,6 +111,14 @@ def _shape(config: Config, relation: Relation, row: dict[str, Any]) -> Iterator[
             f"not synced, because each node computes them: {', '.join(row['generated_columns'])}",
             "nothing to do if the expressions are equal on both nodes",
         )
+    if relation.node in table.conditions and not table.sends(relation.node):
+        yield _finding(
+            "info",
+            "where",
+            relation,
+            f"the condition of {relation.node} in `where` has no effect: this table is sent from {table.source} alone",
+            "nothing to do, or remove the condition",
+        )
     carried = {column.name for column in columns}
     required = [name for name in row["required_columns"] if name not in carried]
     if required and receives:

@@ -234,6 +234,10 @@ SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, str, str, str]]] = {
         ),
         ("warning", "sequence", "gives id = 1 next, but values up to 7", "restart with 9"),
     ),
+    "received": (
+        ("create table received (id int primary key)",),
+        ("info", "where", "has no effect: this table is sent from billing alone", "nothing to do"),
+    ),
     "light": (
         ("create unlogged table light (id int primary key)",),
         ("warning", "unlogged", "a crash of the server empties it", "set logged"),
@@ -245,7 +249,10 @@ def test_each_shape_of_a_table_that_can_hurt_is_named_with_its_remedy(pair: Pair
     for statements, _ in SHAPES.values():
         for node, statement in zip(pair.nodes, (statements[0], statements[-1]), strict=True):
             node.execute(statement)
-    options: dict[str, dict[str, Any]] = {"demanding": {"exclude": ["own"]}}
+    options: dict[str, dict[str, Any]] = {
+        "demanding": {"exclude": ["own"]},
+        "received": {"source": "billing", "where": {"crm": "id > 0"}},
+    }
     configure(pair, *({"name": table, **options.get(table, {})} for table in SHAPES))
     installed(pair)
 
