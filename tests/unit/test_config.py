@@ -112,8 +112,8 @@ def test_the_long_form_says_everything_about_a_table() -> None:
 
 
 def test_a_condition_of_the_node_that_only_receives_a_table_does_nothing() -> None:
-    table = tables("{name: invoices, source: billing, where: {crm: \"state <> 'draft'\"}}").tables[0]
-    assert table.where("crm") is table.where("billing") is None
+    config = tables("{name: invoices, source: billing, where: {crm: \"state <> 'draft'\"}}")
+    assert config.table("invoices").where("crm") is None
 
 
 def test_a_dot_in_the_name_separates_the_schema_when_a_node_says_no_more() -> None:
