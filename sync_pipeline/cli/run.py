@@ -17,7 +17,7 @@ from sync_pipeline.cli.app import ConfigOption, JsonOption, example, open_nodes,
 from sync_pipeline.cli.export import DEFAULT_HOST
 from sync_pipeline.cli.signals import stopped_by_signals
 from sync_pipeline.config import Config
-from sync_pipeline.errors import LockTaken
+from sync_pipeline.errors import LockTaken, SyncPipelineError
 from sync_pipeline.link import Link
 from sync_pipeline.records import Counts, DirectionReport
 from sync_pipeline.stream import Listener, Totals
@@ -150,20 +150,26 @@ def pause(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     A worker that runs notices within seconds. With one node down the other is paused, which is enough to stop, and
     the command ends with 1.
     """
-    _switch(configuration.load(config), paused=True, as_json=as_json)
+    link = configuration.load(config)
+    with open_reachable(link) as (connections, unreachable):
+        operate.pause(link, connections)
+    for name, error in unreachable.items():
+        reached = ", ".join(connections)
+        done = f"{reached} is paused, which stops the link, {name} is not" if reached else ""
+        problem = "; ".join(filter(None, (error.problem, done)))
+        raise SyncPipelineError(problem, node=name, remedy=error.remedy)
+    _switched(paused=True, as_json=as_json)
 
 
 def resume(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Let consumption go on, on both nodes."""
-    _switch(configuration.load(config), paused=False, as_json=as_json)
+    """Let consumption go on, on both nodes; with one of them down nothing is changed."""
+    link = configuration.load(config)
+    with open_nodes(link) as connections:
+        operate.resume(link, connections)
+    _switched(paused=False, as_json=as_json)
 
 
-def _switch(link: Config, *, paused: bool, as_json: bool) -> None:
-    with open_reachable(link) as (connections, unreachable):
-        change = operate.pause if paused else operate.resume
-        change(link, connections)
-    for error in unreachable.values():
-        raise error
+def _switched(*, paused: bool, as_json: bool) -> None:
     if as_json:
         show.document({"paused": paused})
     else:
