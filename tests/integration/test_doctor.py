@@ -80,6 +80,16 @@ def test_a_missing_table_a_missing_key_and_a_missing_column_are_all_named_at_onc
     assert "exclude" in found["billing", "accounts"].remedy
 
 
+def test_a_table_with_an_error_of_its_own_is_not_said_to_be_left_out_of_the_syncing(
+    pair: Pair,
+) -> None:
+    installed(pair)
+    pair.crm.execute("alter table users add column phone text")
+
+    assert [(f.level, f.table) for f in findings(pair, "catalog")] == [("error", "users")]
+    assert findings(pair, "foreign_key") == []
+
+
 def test_nothing_installed_is_a_warning_and_installed_on_one_node_only_is_an_error(
     pair: Pair,
 ) -> None:
