@@ -238,6 +238,11 @@ def verify(
             done = "would be marked" if dry_run else "marked; the next pass sends them"
             show.say(f"{show.counted(marked, 'record')} {done}")
     if not report.equal and (repair_from is None or dry_run):
+        differing = [table for table, each in report.tables.items() if not each.equal]
+        show.complain(
+            f"the two sides differ in {', '.join(differing)}; "
+            "`sync-pipeline verify --repair-from NODE` makes the other node like NODE"
+        )
         raise typer.Exit(FAILED)
 
 
@@ -345,4 +350,10 @@ def _show_report(link: Config, report: VerifyReport) -> None:
                 more = f" and {number - SHOWN_IDS:,} more" if number > SHOWN_IDS else ""
                 listed = ", ".join(ids[:SHOWN_IDS])
                 show.say(show.printable(f"{table}: {label}: {listed}{more}"))
-    show.say("both sides are equal" if report.equal else "the two sides differ")
+    if report.equal:
+        left_out = sum(each.pending for each in report.tables.values())
+        states = (
+            "waits, has failed or is held" if left_out == 1 else "wait, have failed or are held"
+        )
+        exception = f", except {show.counted(left_out, 'record')} that {states}" if left_out else ""
+        show.say(f"both sides are equal{exception}")

@@ -115,8 +115,10 @@ def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> None:
             remedy = f"; {finding.remedy}" if finding.remedy else ""
             show.say(show.printable(f"{finding.level}: {text}{remedy}"))
         show.say(_summary([finding.level for finding in findings]))
-        show.say(f"next: {_next(findings)}")
-    if any(finding.level == "error" for finding in findings):
+        show.say(f"next: {_next(link, findings)}")
+    errors = sum(finding.level == "error" for finding in findings)
+    if errors:
+        show.complain(f"doctor found {show.counted(errors, 'error')}; each comes with its remedy")
         raise typer.Exit(FAILED)
 
 
@@ -167,11 +169,16 @@ def _what_would_go(link: Config, connections: operate.Connections) -> str:
     return f"{text}; the tables keep every row. Nothing was done; repeat with --yes to do it"
 
 
-def _next(findings: Sequence[Finding]) -> str:
+def _next(link: Config, findings: Sequence[Finding]) -> str:
     if any(finding.level == "error" for finding in findings):
         return "do what the errors ask for, then `sync-pipeline doctor` again"
     if any(finding.check == "schema" for finding in findings):
         return "`sync-pipeline install`"
+    if any(finding.check == "paused" for finding in findings):
+        return "`sync-pipeline resume`, once nothing speaks against it"
+    with open_nodes(link) as connections:
+        if operate.status(link, connections).leader is not None:
+            return "`sync-pipeline status`: a consumer runs"
     return "`sync-pipeline stream`"
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from sync_pipeline.cli import app, main
 from tests.engine import installed, sync_pair
 from tests.helpers import Pair, write_config
-from tests.program import PROGRAM, answer, refused, run
+from tests.program import PROGRAM, answer, line_with, refused, run, running, stop, succeed
 
 MANUAL = Path(__file__).parents[2] / "docs" / "commands.md"
 COMMANDS = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -269,3 +269,27 @@ def test_doctor_and_verify_answer_in_json_whatever_they_find(eventful: Pair) -> 
         assert set(finding) == {"level", "check", "node", "table", "message", "remedy"}
     verify = run(eventful, "verify", "--json")
     assert {"equal", "tables"} <= set(json.loads(verify.stdout))
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_a_finding_or_a_difference_that_ends_with_one_is_a_line_on_stderr(
+    link: Pair, options: list[str]
+) -> None:
+    link.crm.execute("alter table users disable trigger all")
+    link.crm.insert("accounts", id=70, name="only here")
+    link.crm.execute("delete from sync.sync_events")
+    doctor, verify = (run(link, command, *options) for command in ("doctor", "verify"))
+    assert (doctor.returncode, verify.returncode) == (1, 1)
+    assert re.fullmatch(r"doctor found \d errors; .+\n", doctor.stderr)
+    assert re.fullmatch(r"the two sides differ in accounts; .+\n", verify.stderr)
+
+
+def test_doctor_says_what_to_do_next_by_what_it_found(link: Pair) -> None:
+    assert succeed(link, "doctor").endswith("next: `sync-pipeline stream`\n")
+    with running(link, "stream") as worker:
+        line_with(worker, "leading")
+        assert succeed(link, "doctor").endswith("next: `sync-pipeline status`: a consumer runs\n")
+        stop(worker)
+    succeed(link, "pause")
+    assert "next: `sync-pipeline resume`" in succeed(link, "doctor")
+    succeed(link, "resume")
