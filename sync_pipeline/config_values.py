@@ -221,6 +221,11 @@ class Config(Options):
         return self
 
     @property
+    def file(self) -> str:
+        """What messages call the file."""
+        return str(self.path) if self.path is not None else "the configuration"
+
+    @property
     def first(self) -> NodeConfig:
         """The node listed first, which wins ties."""
         return self.nodes[0]
@@ -352,7 +357,7 @@ def _node_contradictions(
         return
     for node in table.conditions:
         if node not in names:
-            yield (*place, "where", node), "unknown node", nodes
+            yield (*place, "where", node), "is no node", nodes
 
 
 def _field_contradictions(place: Place, table: TableConfig) -> Iterator[Contradiction]:

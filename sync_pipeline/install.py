@@ -300,7 +300,7 @@ def _refuse_taken_names(
         raise CatalogMismatch(
             f"names that the pipeline needs are taken by objects that are not its own: {', '.join(taken)}",
             node=node,
-            remedy=f"rename them, or give the pipeline another schema than {config.schema_name} by `schema`",
+            remedy=f"rename them, or give the pipeline another `schema` than {config.schema_name} in {config.file}",
         )
 
 

@@ -80,6 +80,33 @@ def test_a_missing_table_a_missing_key_and_a_missing_column_are_all_named_at_onc
     assert "exclude" in found["billing", "accounts"].remedy
 
 
+def test_a_remedy_names_the_file_that_was_given(pair: Pair, tmp_path: Path) -> None:
+    other = write_config(
+        tmp_path / "other.yaml",
+        [
+            {"name": "accounts", "exclude": ["id"]},
+            {"name": "users", "key": ["nick"]},
+            {"name": "orders", "crm": {"columns": {"note": "remark"}}},
+            "nowhere",
+        ],
+    )
+
+    found = [f for f in doctor.examine(config_of(pair, other)) if f.check == "catalog"]
+
+    assert [(f.table, str(other) in f.remedy) for f in found] == [
+        *(("accounts", True), ("users", True), ("orders", True), ("nowhere", True)),
+    ]
+    assert "take it out of `exclude`" in found[0].remedy
+
+
+def test_a_column_that_is_mapped_to_another_field_is_not_said_to_be_missing(pair: Pair) -> None:
+    configure(pair, {"name": "accounts", "crm": {"columns": {"plan": "name"}}})
+
+    (message,) = [f.message for f in findings(pair, "catalog") if f.table == "accounts"]
+
+    assert message == "field name has no column here: column name is mapped to field plan"
+
+
 def test_a_table_with_an_error_of_its_own_is_not_said_to_be_left_out_of_the_syncing(
     pair: Pair,
 ) -> None:

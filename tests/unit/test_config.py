@@ -410,7 +410,7 @@ REFUSED = {
     NODES + "tables: [{name: a, crm: {columns: {b: x, c: x}}}]": "tables[0].crm.columns.c: is the",
     NODES + "tables: [{name: a, key: [x], crm: {columns: {b: x}}}]": "the column of another field",
     NODES + "tables: [{name: a, source: c}]": "source: unknown node `c`; expected one of crm, bill",
-    NODES + "tables: [{name: a, where: {c: b}}]": "tables[0].where.c: unknown node",
+    NODES + "tables: [{name: a, where: {c: b}}]": "tables[0].where.c: is no node; expected one of",
     NODES + "tables: [{name: a, where: b}]": "tables[0].where: expected conditions by node",
 }
 
