@@ -1,6 +1,7 @@
 """What holds for every command: help, configuration, exit codes, JSON, and errors without a traceback."""
 
 import json
+import os
 import re
 import subprocess
 from importlib.metadata import entry_points
@@ -103,6 +104,15 @@ def test_a_shell_can_learn_to_complete_commands(shell: str) -> None:
 
 def test_the_version_is_told(pair: Pair) -> None:
     assert run(pair, "--version", configured=False).stdout == "sync-pipeline 0.1.0\n"
+
+
+def test_an_interrupt_while_the_program_is_still_being_imported_shows_no_traceback(
+    pair: Pair, tmp_path: Path
+) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    python_path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    result = run(pair, "--version", configured=False, PYTHONPATH=python_path)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
 def test_the_configuration_is_found_by_option_variable_or_folder(link: Pair) -> None:
