@@ -164,6 +164,15 @@ def _relations(
             )
         columns[node] = _columns(table, node, row, place)
         keys[node] = _key(table, row, columns[node], place)
+    names = {(node, column["name"]) for node, row in found.items() for column in row["columns"]}
+    for field in table.exclude:
+        if not any((node, table.column(node, field)) in names for node in found):
+            text = f"`exclude` names {field}, which neither node has"
+            if strict:
+                raise _Place(config, index, table.name, None).problem(
+                    text, f"correct it in {config.file}: a column of another name is synced"
+                )
+            warnings.append(f"{table.name}: {text}")
     first, second = (node.name for node in config.nodes)
     if set(keys[first]) != set(keys[second]):
         raise _Place(config, index, table.name, None).problem(

@@ -9,7 +9,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from sync_pipeline import doctor, node_checks, servers, stream
+from sync_pipeline import catalog, doctor, node_checks, servers, stream
+from sync_pipeline.database import connected
+from sync_pipeline.errors import CatalogMismatch
 from sync_pipeline.node_checks import OLDEST_VERSION
 from sync_pipeline.records import Finding
 from sync_pipeline.servers import Setting
@@ -97,6 +99,23 @@ def test_a_remedy_names_the_file_that_was_given(pair: Pair, tmp_path: Path) -> N
         *(("accounts", True), ("users", True), ("orders", True), ("nowhere", True)),
     ]
     assert "take it out of `exclude`" in found[0].remedy
+
+
+def test_an_excluded_field_that_neither_node_has_is_an_error_and_stops_no_consumer(
+    pair: Pair,
+) -> None:
+    installed(pair)
+    configure(pair, {"name": "accounts", "exclude": ["paln"]}, "users", "orders")
+
+    (finding,) = findings(pair, "catalog")
+    assert (finding.level, finding.table) == ("error", "accounts")
+    assert "`exclude` names paln, which neither node has" in finding.message
+    with pytest.raises(CatalogMismatch, match="paln"):
+        installed(pair)
+    config = config_of(pair)
+    with connected(config.first, config, "t") as crm, connected(config.second, config, "t") as two:
+        found = catalog.read(config, {"crm": crm, "billing": two}, running=True)
+    assert found.warnings == ("accounts: `exclude` names paln, which neither node has",)
 
 
 def test_a_column_that_is_mapped_to_another_field_is_not_said_to_be_missing(pair: Pair) -> None:
