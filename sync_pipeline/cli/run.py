@@ -19,7 +19,7 @@ from sync_pipeline.cli.signals import stopped_by_signals
 from sync_pipeline.config import Config
 from sync_pipeline.errors import LockTaken, SyncPipelineError
 from sync_pipeline.link import Link
-from sync_pipeline.records import Counts, DirectionReport
+from sync_pipeline.records import Counts, DirectionReport, counted
 from sync_pipeline.stream import Listener, Totals
 
 PANEL = "Run"
@@ -70,8 +70,9 @@ def sync(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     ]
     show.console().print(show.table(None, ("direction", *COUNTS), rows))
     waiting = ", ".join(f"{node} {number:,}" for node, number in pending.items())
-    passes = f"{totals.passes:,} {'pass' if totals.passes == 1 else 'passes'}"
-    show.say(f"{passes} in {show.duration(totals.seconds)}; still pending: {waiting}")
+    show.say(
+        f"{counted(totals.passes, 'pass')} in {show.duration(totals.seconds)}; still pending: {waiting}"
+    )
     if any(counts.failed for counts in totals.directions.values()):
         show.say("some records failed: `sync-pipeline failures` shows why")
 
@@ -281,8 +282,7 @@ def _report(report: DirectionReport) -> dict[str, Any]:
 
 
 def _in_words(report: DirectionReport) -> str:
-    total = report.total
-    parts = [f"{number:,} {name}" for name in COUNTS if (number := getattr(total, name))]
+    parts = [report.total.in_words()] if report.total.total else []
     if report.set_aside:
         parts.append(f"{report.set_aside:,} set aside")
     if report.recovered:

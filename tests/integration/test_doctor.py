@@ -513,11 +513,11 @@ def test_what_waits_was_refused_or_is_held_is_counted(pair: Pair) -> None:
 
     found = {(f.node, f.level, f.check): f for f in findings(pair)}
 
-    assert "1 events wait" in found["crm", "info", "backlog"].message
+    assert "1 event waits" in found["crm", "info", "backlog"].message
     assert "resume" in found["crm", "info", "paused"].remedy
-    assert "1 records are out of attempts" in found["crm", "warning", "failures"].message
+    assert "1 record is out of attempts" in found["crm", "warning", "failures"].message
     # The decision is asked for where it was found.
-    assert "1 conflicts are held" in found["billing", "warning", "conflicts"].message
+    assert "1 conflict is held" in found["billing", "warning", "conflicts"].message
     assert len(found) == 4
 
 
