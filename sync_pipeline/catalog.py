@@ -138,7 +138,7 @@ def _relations(
             shown = f"{schema}.{name}" if schema else name
             raise place.missing(
                 f"table {shown} does not exist",
-                "create it, correct its name in sync.yaml, or grant this role usage on its schema",
+                f"create it, correct its name in {config.file}, or grant this role usage on its schema",
             )
         if row["kind"] not in _TABLE_KINDS:
             raise place.problem(
@@ -168,6 +168,15 @@ def _relations(
             )
         columns[node] = _columns(table, node, row, place)
         keys[node] = _key(table, row, columns[node], place)
+    names = {(node, column["name"]) for node, row in found.items() for column in row["columns"]}
+    for field in table.exclude:
+        if not any((node, table.column(node, field)) in names for node in found):
+            text = f"`exclude` names {field}, which neither node has"
+            if strict:
+                raise _Place(config, index, table.name, None).problem(
+                    text, f"correct it in {config.file}: a column of another name is synced"
+                )
+            warnings.append(f"{table.name}: {text}")
     first, second = (node.name for node in config.nodes)
     if set(keys[first]) != set(keys[second]):
         raise _Place(config, index, table.name, None).problem(
@@ -191,6 +200,9 @@ def _relations(
     for node, other in ((first, second), (second, first)):
         for field in missing[node]:
             text = f"column {table.column(other, field)} of {other} does not exist here"
+            mapped = [f for f in columns[node] if f != field and table.column(node, f) == field]
+            if mapped:
+                text = f"field {field} has no column here: column {field} is mapped to field {mapped[0]}"
             if strict:
                 raise _Place(config, index, table.name, node).problem(
                     text,
@@ -244,11 +256,14 @@ def _columns(
         if column not in names:
             raise place.problem(
                 f"column {column}, mapped from {field}, does not exist",
-                "correct `columns` in sync.yaml",
+                f"correct `columns` in {place.config.file}",
             )
     for column in row["columns"]:
         field = fields.get(column["name"], column["name"])
         if column["generated"] or field in table.exclude:
+            continue
+        if field in mapped and column["name"] not in fields:
+            # Another column holds the field of this name.
             continue
         if re.search("[{}%]", column["type"]):
             raise place.problem(
@@ -294,12 +309,16 @@ def _key(
         absent = [name for name in primary["columns"] if name not in by_name]
         if absent:
             raise place.problem(
-                f"key column {absent[0]} is excluded or generated", "the key must be synced"
+                f"key column {absent[0]} is excluded or generated, and the key must be synced",
+                f"take it out of `exclude` in {place.config.file}, "
+                "or name the columns of another unique constraint as `key`",
             )
         return tuple(by_name[name] for name in primary["columns"])
     for field in table.key:
         if field not in columns:
-            raise place.problem(f"key field {field} does not exist", "correct `key` in sync.yaml")
+            raise place.problem(
+                f"key field {field} does not exist", f"correct `key` in {place.config.file}"
+            )
         if not columns[field].not_null:
             raise place.problem(f"key field {field} allows null", "make the column NOT NULL")
     wanted = {columns[field].name for field in table.key}

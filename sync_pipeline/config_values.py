@@ -138,8 +138,8 @@ class TableConfig(Model):
         return self.source is None or self.source == node
 
     def where(self, node: str) -> str | None:
-        """The SQL condition on the rows that `node` sends; not parenthesised."""
-        return self.conditions.get(node)
+        """The SQL condition on the rows that `node` sends; not parenthesised. None for a node that sends nothing."""
+        return self.conditions.get(node) if self.sends(node) else None
 
 
 class RetryConfig(Model):
@@ -219,6 +219,11 @@ class Config(Options):
         for place, problem, remedy in contradictions(self, self.nodes, self.tables, _names(self)):
             raise wrong(f"{spell(place)}: {problem}", remedy)
         return self
+
+    @property
+    def file(self) -> str:
+        """What messages call the file."""
+        return str(self.path) if self.path is not None else "the configuration"
 
     @property
     def first(self) -> NodeConfig:
@@ -352,13 +357,7 @@ def _node_contradictions(
         return
     for node in table.conditions:
         if node not in names:
-            yield (*place, "where", node), "unknown node", nodes
-        elif not table.sends(node):
-            yield (
-                (*place, "where", node),
-                f"has no effect: `source` says that {node} sends nothing of this table",
-                "remove one of the two",
-            )
+            yield (*place, "where", node), "is no node", nodes
 
 
 def _field_contradictions(place: Place, table: TableConfig) -> Iterator[Contradiction]:

@@ -176,6 +176,6 @@ def _tables(config: Config, connections: Mapping[str, Connection]) -> Iterator[F
             problem.node,
             problem.table,
             problem.problem,
-            problem.remedy or "correct the table or sync.yaml",
+            problem.remedy or f"correct the table or {config.file}",
         )
     yield from table_checks.examine(config, connections, found)

@@ -85,7 +85,7 @@ def require(config: Config, node: str, connection: Connection) -> None:
         raise WrongDatabase(
             f"this database was installed as {known.node} with the peer {known.peer}, not as {node} with {peer}",
             node=node,
-            remedy="correct the dsn or the names in sync.yaml; if a node was renamed on purpose: "
+            remedy=f"correct the dsn or the names in {config.file}; if a node was renamed on purpose: "
             "`sync-pipeline install --confirm-identity`",
         )
     here = read(connection)

@@ -1,9 +1,13 @@
 """Create, upgrade and remove what the pipeline owns on both nodes. Runs twice, or twenty times at once."""
 
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeVar
 
 import psycopg
 from psycopg import sql
@@ -11,11 +15,16 @@ from psycopg import sql
 from sync_pipeline import capture, catalog, identity, queries, sequences
 from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, in_words, query, scalar
-from sync_pipeline.errors import NotInstalled, PassInterrupted, SyncPipelineError
+from sync_pipeline.errors import CatalogMismatch, NotInstalled, PassInterrupted, SyncPipelineError
 from sync_pipeline.records import Relation
 
 LOCK_TIMEOUT_SECONDS = 3.0
+# All tables of a node together. PostgreSQL looks for a deadlock after a second, and would end the application.
+ALL_LOCKS_SECONDS = 0.9
 LOCK_ATTEMPTS = 20
+
+LockMode = Literal["share row exclusive", "access exclusive"]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,31 +35,53 @@ class Step:
     statement: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Missing:
+    """What a node lacks: objects of the schema, and triggers with their tables; and functions of former tables."""
+
+    objects: list[Step]
+    triggers: list[Step]
+    tables: list[tuple[str, str]]
+    superfluous: list[Step]
+
+
 def install(
     config: Config, connections: Mapping[str, Connection], *, confirm_identity: bool = False
 ) -> list[Step]:
     """Create or upgrade the schema and the triggers on both nodes; return what was done, nothing if all was there.
 
-    The catalogs are checked first, so that a wrong configuration changes nothing. Each table's triggers are created
-    in a transaction of their own with a short lock timeout, tried again, so that an application is never held up
-    behind a waiting lock for long. A database that is not the one that was installed before is refused, unless
+    The catalogs are checked first, so that a wrong configuration changes nothing. What one node refuses is not done
+    on the other either. Tables are locked for less than a second and then tried again, so that an application is never
+    held up behind a waiting lock for long. A database that is not the one that was installed before is refused, unless
     `confirm_identity` says that it takes its place.
     """
     found = catalog.read(config, connections, strict=True)
-    done = []
-    for step in _identity_steps(config, connections, confirm=confirm_identity):
-        _run(connections[step.node], config, [step])
-        done.append(step)
-    for node in config.nodes:
-        connection = connections[node.name]
-        for steps in _units(config, node.name, connection, found):
-            _with_lock_retries(node.name, lambda: _run(connection, config, steps))  # noqa: B023
-            done += steps
-    for step in _sequence_steps(config, connections, found):
-        connection = connections[step.node]
-        _with_lock_retries(step.node, lambda: _run(connection, config, [step]))  # noqa: B023
-        done.append(step)
-    return done
+    confirmed = _identity_steps(config, connections, confirm=confirm_identity)
+    identities = _identities(config, connections)
+
+    def create() -> list[_Missing]:
+        with _both_or_neither(config, connections):
+            _run(connections, confirmed)
+            missing = [
+                _missing(config, node.name, connections[node.name], found, identities[node.name])
+                for node in config.nodes
+            ]
+            for each in missing:
+                _run(connections, each.objects)
+            for node, each in zip(config.nodes, missing, strict=True):
+                with _on(node.name):
+                    _lock(connections[node.name], each.tables, "share row exclusive")
+                _run(connections, each.triggers)
+        return missing
+
+    missing = _with_lock_retries(create)
+    later = [
+        *(step for each in missing for step in each.superfluous),
+        *_sequence_steps(config, connections, found),
+    ]
+    for step in later:
+        _with_lock_retries(partial(_run_alone, config, connections, step))
+    return [*confirmed, *_created(missing), *later]
 
 
 def plan(
@@ -59,13 +90,29 @@ def plan(
     """Return the statements that `install` would run now, and run none."""
     found = catalog.read(config, connections, strict=True)
     confirmed = _identity_steps(config, connections, confirm=confirm_identity)
-    units = [
-        step
+    identities = _identities(config, connections)
+    missing = [
+        _missing(config, node.name, connections[node.name], found, identities[node.name])
         for node in config.nodes
-        for steps in _units(config, node.name, connections[node.name], found)
-        for step in steps
     ]
-    return [*confirmed, *units, *_sequence_steps(config, connections, found)]
+    return [
+        *confirmed,
+        *_created(missing),
+        *(step for each in missing for step in each.superfluous),
+        *_sequence_steps(config, connections, found),
+    ]
+
+
+def _created(missing: list[_Missing]) -> Iterator[Step]:
+    for each in missing:
+        yield from each.objects
+        yield from each.triggers
+
+
+def _identities(
+    config: Config, connections: Mapping[str, Connection]
+) -> dict[str, identity.Identity]:
+    return {node.name: identity.read(connections[node.name]) for node in config.nodes}
 
 
 def _identity_steps(
@@ -94,29 +141,58 @@ def _sequence_steps(
 
 
 def uninstall(config: Config, connections: Mapping[str, Connection]) -> list[Step]:
-    """Remove the triggers and the schema from both nodes; the users' tables keep every row."""
+    """Remove the triggers and the schema from both nodes; the users' tables keep every row.
+
+    Refuses, and changes nothing, when anything that is not the pipeline's lies in its schema or depends on it.
+    """
+    return _with_lock_retries(lambda: _remove(config, connections))
+
+
+def _remove(config: Config, connections: Mapping[str, Connection]) -> list[Step]:
     done = []
-    for node in config.nodes:
-        connection = connections[node.name]
-        for schema, table, trigger in _installed_triggers(connection, config.schema_name):
-            step = Step(
-                node.name,
-                sql.SQL("drop trigger if exists {} on {}")
-                .format(sql.Identifier(trigger), sql.Identifier(schema, table))
-                .as_string(None),
+    foreign = []
+    with _both_or_neither(config, connections, "uninstall"):
+        for node in config.nodes:
+            connection = connections[node.name]
+            if _version(connection, config.schema_name) is None:
+                continue
+            with _on(node.name, "uninstall"):
+                triggers = _installed_triggers(connection, config.schema_name)
+                _lock(connection, [table for table, _ in triggers], "access exclusive")
+                for statement in _drops(connection, config.schema_name, triggers):
+                    done.append(Step(node.name, statement))
+                    foreign += [f"{node.name}: {line}" for line in _drop(connection, statement)]
+        if foreign:
+            raise SyncPipelineError(
+                f"nothing was removed, since objects that are not the pipeline's would go too: {', '.join(foreign)}",
+                remedy="move or drop them, then run uninstall again",
             )
-            _with_lock_retries(node.name, lambda: _run(connection, config, [step]))  # noqa: B023
-            done.append(step)
-        if _schema_exists(connection, config.schema_name):
-            step = Step(
-                node.name,
-                sql.SQL("drop schema {} cascade")
-                .format(sql.Identifier(config.schema_name))
-                .as_string(None),
-            )
-            _with_lock_retries(node.name, lambda: _run(connection, config, [step]))  # noqa: B023
-            done.append(step)
     return done
+
+
+def _drops(
+    connection: Connection, schema: str, triggers: list[tuple[tuple[str, str], str]]
+) -> Iterator[str]:
+    for table, trigger in triggers:
+        drop_trigger = sql.SQL("drop trigger {} on {}")
+        yield drop_trigger.format(sql.Identifier(trigger), sql.Identifier(*table)).as_string(None)
+    for function in _functions(connection, schema):
+        yield sql.SQL("drop function {}()").format(sql.Identifier(schema, function)).as_string(None)
+    for kind, target in reversed(_own_objects()):
+        yield queries.compose(f"drop {kind} if exists {target}", schema).decode()
+    yield sql.SQL("drop schema {}").format(sql.Identifier(schema)).as_string(None)
+
+
+def _drop(connection: Connection, statement: str) -> list[str]:
+    """Run a drop and return in words what had to go along: the caller rolls back if there is anything."""
+    try:
+        with connection.transaction():
+            connection.execute(query(statement.encode()))
+    except psycopg.errors.DependentObjectsStillExist as error:
+        # Gone for the rest of the transaction, so that the next drops name what they find and nothing twice.
+        connection.execute(query(f"{statement} cascade".encode()))
+        return (error.diag.message_detail or str(error)).splitlines()
+    return []
 
 
 def require(config: Config, node: str, connection: Connection) -> None:
@@ -156,43 +232,86 @@ def missing_captures(config: Config, connection: Connection, relation: Relation)
     return missing
 
 
-def _units(
-    config: Config, node: str, connection: Connection, found: catalog.Catalog
-) -> Iterator[list[Step]]:
-    """Yield the statements that are still needed, in groups that are one transaction each."""
-    yield from _schema_unit(config, node, connection)
-    functions = _functions(connection, config.schema_name)
+def _missing(
+    config: Config,
+    node: str,
+    connection: Connection,
+    found: catalog.Catalog,
+    here: identity.Identity,
+) -> _Missing:
+    schema = config.schema_name
+    version = _version(connection, schema)
+    functions = _functions(connection, schema)
+    objects = _schema_steps(config, node, connection, version, here)
+    triggers = []
+    tables = []
     wanted_functions = set()
     for table in config.tables:
         if not table.sends(node):
             continue
-        wanted = capture.compose(found.relation(node, table.name), config.schema_name)
+        wanted = capture.compose(found.relation(node, table.name), schema)
         wanted_functions.add(wanted.function)
-        steps = []
         if functions.get(wanted.function) != wanted.body:
-            steps.append(Step(node, wanted.create_function))
-        for (schema, name), triggers in wanted.triggers.items():
-            states = _trigger_states(connection, schema, name)
-            steps += [
-                Step(node, trigger.create) for trigger in triggers if trigger.name not in states
-            ]
-        if steps:
-            yield steps
-    for function in sorted(set(functions) - wanted_functions):
-        # A table that left the configuration: its triggers go with its function.
-        yield [
-            Step(
-                node,
-                sql.SQL("drop function {}() cascade")
-                .format(sql.Identifier(config.schema_name, function))
-                .as_string(None),
-            )
-        ]
+            objects.append(Step(node, wanted.create_function))
+        for name, each in wanted.triggers.items():
+            states = _trigger_states(connection, *name)
+            steps = [Step(node, trigger.create) for trigger in each if trigger.name not in states]
+            triggers += steps
+            tables += [name] if steps else []
+    names = [] if version is not None else [target for _, target in _own_objects()]
+    _refuse_taken_names(config, node, connection, [*names, *(wanted_functions - set(functions))])
+    # A table that left the configuration: its triggers go with its function.
+    superfluous = [
+        Step(
+            node,
+            sql.SQL("drop function {}() cascade")
+            .format(sql.Identifier(schema, function))
+            .as_string(None),
+        )
+        for function in sorted(set(functions) - wanted_functions)
+    ]
+    return _Missing(objects, triggers, tables, superfluous)
 
 
-def _schema_unit(config: Config, node: str, connection: Connection) -> Iterator[list[Step]]:
+def _own_objects() -> list[tuple[str, str]]:
+    """Return kind and name (of a function with its arguments) of all that migrations create, in their order."""
+    created = re.compile(
+        r"^create (table|view|function) (\{schema\}\.\w+(?:\([^)]*\))?)", re.MULTILINE
+    )
+    found = [each for _, text in queries.migrations() for each in created.findall(text)]
+    return [("table", "{schema}.sync_migrations"), *found]
+
+
+def _refuse_taken_names(
+    config: Config, node: str, connection: Connection, targets: list[str]
+) -> None:
+    """Raise `CatalogMismatch` when objects that are not the pipeline's have names that it needs."""
+    names = [target.removeprefix("{schema}.").partition("(")[0] for target in targets]
+    rows = connection.execute(
+        "select pg_catalog.pg_describe_object(named.classid, named.oid, 0) from ("
+        "select tableoid as classid, oid, relname as name, relnamespace as namespace from pg_catalog.pg_class "
+        "union all select tableoid, oid, proname, pronamespace from pg_catalog.pg_proc "
+        "union all select tableoid, oid, typname, typnamespace from pg_catalog.pg_type where typrelid = 0"
+        ") as named where named.namespace = to_regnamespace(quote_ident(%s)) and named.name = any(%s) order by 1",
+        [config.schema_name, names],
+    )
+    taken = [described for (described,) in rows]
+    if taken:
+        raise CatalogMismatch(
+            f"names that the pipeline needs are taken by objects that are not its own: {', '.join(taken)}",
+            node=node,
+            remedy=f"rename them, or give the pipeline another `schema` than {config.schema_name} in {config.file}",
+        )
+
+
+def _schema_steps(
+    config: Config,
+    node: str,
+    connection: Connection,
+    version: int | None,
+    here: identity.Identity,
+) -> list[Step]:
     schema = config.schema_name
-    version = _version(connection, schema)
     steps = []
     if version is None:
         if not _schema_exists(connection, schema):
@@ -234,7 +353,6 @@ def _schema_unit(config: Config, node: str, connection: Connection) -> Iterator[
                 .as_string(None),
             )
         )
-        here = identity.read(connection)
         steps.append(
             Step(
                 node,
@@ -251,52 +369,91 @@ def _schema_unit(config: Config, node: str, connection: Connection) -> Iterator[
                 .as_string(None),
             )
         )
-    if steps:
-        yield steps
+    return steps
 
 
-def _run(connection: Connection, config: Config, steps: list[Step]) -> None:
-    with connection.transaction():
-        connection.execute(
-            "select pg_catalog.set_config('lock_timeout', %s, true)", [f"{LOCK_TIMEOUT_SECONDS}s"]
-        )
-        # Two installations at once take turns; what the first did, the second finds done.
-        connection.execute(
-            "select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('sync-pipeline install'), "
-            "pg_catalog.hashtext(%s))",
-            [config.schema_name],
-        )
-        if _creates_schema(steps) and _version(connection, config.schema_name) is not None:
-            return
-        for step in steps:
-            connection.execute(query(step.statement.encode()))
+@contextmanager
+def _both_or_neither(
+    config: Config, connections: Mapping[str, Connection], doing: str = "install"
+) -> Iterator[None]:
+    """Hold a transaction on each node for a `with` block; both commit at its end, neither when it raises."""
+    with ExitStack() as stack:
+        for node in config.nodes:
+            with _on(node.name, doing):
+                stack.enter_context(connections[node.name].transaction())
+                _take_turn(config, connections[node.name])
+        yield
 
 
-def _creates_schema(steps: list[Step]) -> bool:
-    return steps[0].statement.startswith(("create schema", "create table"))
+def _take_turn(config: Config, connection: Connection) -> None:
+    """Two installations at once take turns; what the first did, the second finds done."""
+    connection.execute(
+        "select pg_catalog.set_config('lock_timeout', %s, true)", [f"{LOCK_TIMEOUT_SECONDS}s"]
+    )
+    connection.execute(
+        "select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('sync-pipeline install'), "
+        "pg_catalog.hashtext(%s))",
+        [config.schema_name],
+    )
 
 
-def _with_lock_retries(node: str, run: Callable[[], None]) -> None:
-    last: psycopg.Error = psycopg.errors.LockNotAvailable()
-    for attempt in range(LOCK_ATTEMPTS):
+def _lock(connection: Connection, tables: list[tuple[str, str]], mode: LockMode) -> None:
+    """Lock tables all at once: who waits behind the first of them does so for less than a deadlock takes to be seen."""
+    if not tables:
+        return
+    before = connection.execute(
+        "select current_setting('statement_timeout'), set_config('statement_timeout', %s, true)",
+        [f"{ALL_LOCKS_SECONDS}s"],
+    ).fetchall()[0][0]
+    names = (sql.SQL("only {}").format(sql.Identifier(*name)) for name in sorted(set(tables)))
+    connection.execute(
+        sql.SQL("lock table {} in {} mode").format(sql.SQL(", ").join(names), sql.SQL(mode))
+    )
+    connection.execute("select set_config('statement_timeout', %s, true)", [before])
+
+
+def _run(connections: Mapping[str, Connection], steps: list[Step]) -> None:
+    for step in steps:
+        with _on(step.node):
+            connections[step.node].execute(query(step.statement.encode()))
+
+
+def _run_alone(config: Config, connections: Mapping[str, Connection], step: Step) -> None:
+    with _on(step.node), connections[step.node].transaction():
+        _take_turn(config, connections[step.node])
+        _run(connections, [step])
+
+
+@contextmanager
+def _on(node: str, doing: str = "install") -> Iterator[None]:
+    """Say on which node PostgreSQL refused something, and what to do; `PassInterrupted` is worth another attempt."""
+    try:
+        yield
+    except (
+        psycopg.errors.LockNotAvailable,
+        psycopg.errors.DeadlockDetected,
+        psycopg.errors.QueryCanceled,
+    ) as error:
+        raise PassInterrupted(
+            f"a table stayed locked: {in_words(error)}",
+            node=node,
+            remedy=f"end the long transaction that holds it and run {doing} again",
+        ) from error
+    except psycopg.Error as error:
+        raise SyncPipelineError(
+            f"cannot {doing}: {in_words(error)}",
+            node=node,
+            remedy="the role must own the synced tables, and own the pipeline's schema or be able to create it",
+        ) from error
+
+
+def _with_lock_retries(run: Callable[[], R]) -> R:
+    for attempt in range(1, LOCK_ATTEMPTS):
         try:
-            run()
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
-            last = error
-            time.sleep(random.uniform(0.1, 0.3) * (attempt + 1))  # noqa: S311 - jitter
-        except psycopg.Error as error:
-            raise SyncPipelineError(
-                f"cannot install: {in_words(error)}",
-                node=node,
-                remedy="the role must own the synced tables, and own the pipeline's schema or be able to create it",
-            ) from error
-        else:
-            return
-    raise PassInterrupted(
-        f"a table stayed locked: {in_words(last)}",
-        node=node,
-        remedy="end the long transaction that holds it and run install again",
-    ) from last
+            return run()
+        except PassInterrupted:
+            time.sleep(random.uniform(0.1, 0.3) * attempt)  # noqa: S311 - jitter
+    return run()
 
 
 def _schema_exists(connection: Connection, schema: str) -> bool:
@@ -311,12 +468,12 @@ def _schema_exists(connection: Connection, schema: str) -> bool:
 
 def _version(connection: Connection, schema: str) -> int | None:
     # Read from pg_class, not with to_regclass: after a wait for the other installation that would still answer from
-    # a cache which says that there is no such table.
+    # a cache which says that there is no such table. Both tables, since one may be somebody else's.
     exists = scalar(
         connection,
-        b"select exists (select from pg_catalog.pg_class as class "
+        b"select count(*) = 2 from pg_catalog.pg_class as class "
         b"join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnamespace "
-        b"where namespace.nspname = %(schema)s and class.relname = 'sync_migrations')",
+        b"where namespace.nspname = %(schema)s and class.relname in ('sync_migrations', 'sync_node')",
         {"schema": schema},
     )
     if not exists:
@@ -328,10 +485,12 @@ def _version(connection: Connection, schema: str) -> int | None:
 
 
 def _functions(connection: Connection, schema: str) -> dict[str, str]:
+    """Return the bodies of the pipeline's capture functions, by name."""
     rows = connection.execute(
         "select proname, prosrc from pg_catalog.pg_proc "
-        "where pronamespace = to_regnamespace(quote_ident(%s)) and prorettype = 'trigger'::regtype",
-        [schema],
+        "where pronamespace = to_regnamespace(quote_ident(%s)) and prorettype = 'trigger'::regtype "
+        "and starts_with(proname, 'capture_') and strpos(prosrc, %s) > 0 order by proname",
+        [schema, capture.APPLYING],
     )
     return dict(rows.fetchall())
 
@@ -345,7 +504,8 @@ def _trigger_states(connection: Connection, schema: str, table: str) -> dict[str
     return dict(rows.fetchall())
 
 
-def _installed_triggers(connection: Connection, schema: str) -> list[tuple[str, str, str]]:
+def _installed_triggers(connection: Connection, schema: str) -> list[tuple[tuple[str, str], str]]:
+    """Return table and name of each trigger of the pipeline."""
     rows = connection.execute(
         "select namespace.nspname, class.relname, trigger.tgname "
         "from pg_catalog.pg_trigger as trigger "
@@ -353,7 +513,7 @@ def _installed_triggers(connection: Connection, schema: str) -> list[tuple[str, 
         "join pg_catalog.pg_class as class on class.oid = trigger.tgrelid "
         "join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnamespace "
         "where function.pronamespace = to_regnamespace(quote_ident(%s)) and trigger.tgparentid = 0 "
-        "and not trigger.tgisinternal",
-        [schema],
+        "and not trigger.tgisinternal and trigger.tgname = any(%s)",
+        [schema, list(capture.trigger_names(schema))],
     )
-    return [(schema_name, table, trigger) for schema_name, table, trigger in rows]
+    return [((schema_name, table), trigger) for schema_name, table, trigger in rows]

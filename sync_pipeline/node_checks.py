@@ -9,7 +9,7 @@ from sync_pipeline import identity, install, locks, queries
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, query
 from sync_pipeline.errors import NotInstalled, SyncPipelineError, WrongDatabase
-from sync_pipeline.records import Finding, spelled
+from sync_pipeline.records import Finding, counted, spelled
 
 OLDEST_VERSION = 14
 NEWEST_VERSION = 18
@@ -227,7 +227,8 @@ def _waiting(config: Config, node: str, connection: Connection) -> Iterator[Find
             "backlog",
             node,
             None,
-            f"{status['pending']} events wait, the oldest for {status['oldest_seconds']:.0f} s",
+            f"{counted(status['pending'], 'event')} {'waits' if status['pending'] == 1 else 'wait'}, "
+            f"the oldest for {status['oldest_seconds']:.0f} s",
             "run `sync-pipeline stream` or `sync`",
         )
     if status["dead"]:
@@ -236,7 +237,7 @@ def _waiting(config: Config, node: str, connection: Connection) -> Iterator[Find
             "failures",
             node,
             None,
-            f"{status['dead']} records are out of attempts",
+            f"{counted(status['dead'], 'record')} {_be(status['dead'])} out of attempts",
             "look at `sync-pipeline failures`, mend the cause, then `failures retry`",
         )
     if status["conflicts_held"]:
@@ -245,9 +246,13 @@ def _waiting(config: Config, node: str, connection: Connection) -> Iterator[Find
             "conflicts",
             node,
             None,
-            f"{status['conflicts_held']} conflicts are held",
+            f"{counted(status['conflicts_held'], 'conflict')} {_be(status['conflicts_held'])} held",
             "decide them: `sync-pipeline conflicts resolve ID --winner NODE`",
         )
+
+
+def _be(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def _row(connection: Connection, name: str, schema: str, **parameters: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Dagster only show them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -299,8 +299,12 @@ def pause(config: Config, connections: Connections) -> None:
 
 
 def resume(config: Config, connections: Connections) -> None:
-    """Let consumption go on. Every node must know."""
-    _change(config, connections, "resume", {})
+    """Let consumption go on. Needs both connections, and changes nothing unless both nodes can be told."""
+    with ExitStack() as both:
+        for node in config.nodes:
+            with _asking(node.name):
+                both.enter_context(connections[node.name].transaction())
+        _change(config, connections, "resume", {})
 
 
 def _starts(plan: Backfill) -> Iterator[tuple[Relation, str | None]]:

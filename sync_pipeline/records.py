@@ -1,7 +1,7 @@
 """The values that the engine's modules hand each other."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Literal
 
@@ -16,6 +16,12 @@ def spelled(*names: str) -> str:
         name if _PLAIN_NAME.fullmatch(name) else '"' + name.replace('"', '""') + '"'
         for name in names
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 record`, `2 records`, `1,200 records`, `3 passes`."""
+    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun[-1] == "s" else "s")
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 # The text of these types depends on no setting of the session.
@@ -147,6 +153,15 @@ class Counts:
         self.unchanged += other.unchanged
         self.conflicts += other.conflicts
         self.failed += other.failed
+
+    def in_words(self) -> str:
+        """Return `3 upserted, 1 conflict`, nothing where all counts are 0."""
+        counts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ", ".join(
+            counted(number, "conflict") if name == "conflicts" else f"{number:,} {name}"
+            for name, number in counts.items()
+            if number
+        )
 
     @property
     def total(self) -> int:

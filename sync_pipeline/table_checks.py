@@ -31,11 +31,26 @@ def examine(
             yield from _shape(config, relation, row)
             if is_installed and config.table(relation.table).sends(node.name):
                 yield from _capture(config, connection, relation)
+        broken = _broken(config, node.name, connection, found)
         rows = _rows(connection, "examine_foreign_keys", config.schema_name, list(relations))
         for row in rows:
-            yield _foreign_key(relations, row)
+            if broken.isdisjoint((row["child"], row["parent"])):
+                yield _foreign_key(relations, row)
     yield from _types(config, connections, found)
     yield from _sequences(config, connections, found)
+
+
+def _broken(config: Config, node: str, connection: Connection, found: Catalog) -> frozenset[str]:
+    """Return the tables that have an error of their own, as `regclass` spells them: they are to be synced."""
+    names = [
+        table.relation(node) for table in config.tables if table.name not in found.relations[node]
+    ]
+    rows = connection.execute(
+        "select to_regclass(concat_ws('.', quote_ident(schema), quote_ident(name)))::text "
+        "from unnest(%s::text[], %s::text[]) as given (schema, name)",
+        [[schema for schema, _ in names], [name for _, name in names]],
+    )
+    return frozenset(name for (name,) in rows)
 
 
 def _finding(level: Level, check: str, relation: Relation, message: str, remedy: str) -> Finding:
@@ -110,6 +125,14 @@ def _shape(config: Config, relation: Relation, row: dict[str, Any]) -> Iterator[
             relation,
             f"not synced, because each node computes them: {', '.join(row['generated_columns'])}",
             "nothing to do if the expressions are equal on both nodes",
+        )
+    if relation.node in table.conditions and not table.sends(relation.node):
+        yield _finding(
+            "info",
+            "where",
+            relation,
+            f"the condition of {relation.node} in `where` has no effect: this table is sent from {table.source} alone",
+            "nothing to do, or remove the condition",
         )
     carried = {column.name for column in columns}
     required = [name for name in row["required_columns"] if name not in carried]

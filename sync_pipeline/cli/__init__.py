@@ -3,8 +3,14 @@
 Results go to stdout, everything else to stderr. With `--json` stdout holds exactly one JSON document.
 """
 
-from sync_pipeline.cli import export, init, keep, mark, run, set_up, watch
-from sync_pipeline.cli.app import app, main
+import sys
+
+try:
+    from sync_pipeline.cli import export, init, keep, mark, run, set_up, watch
+    from sync_pipeline.cli.app import app, main
+except KeyboardInterrupt:
+    # The imports take a moment, and Ctrl-C then is no bug to be shown with a traceback.
+    sys.exit(130)
 
 # The order of the commands in `--help`.
 for commands in (init, set_up, run, watch, export, keep, mark):

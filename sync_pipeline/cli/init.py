@@ -14,6 +14,7 @@ from sync_pipeline.cli.app import ConfigOption, JsonOption, example, open_nodes,
 from sync_pipeline.cli.set_up import PANEL
 from sync_pipeline.config import Config, NodeConfig, TableConfig
 from sync_pipeline.errors import ConfigurationError
+from sync_pipeline.records import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -70,7 +71,7 @@ def init(
         show.say(show.printable(": ".join([table, *(["; ".join(remarks)] if remarks else [])])))
     for table, reason in proposed.left_out.items():
         show.say(show.printable(f"left out: {table}: {reason}"))
-    show.say(f"{file}: {show.counted(len(proposed.tables), 'table')}")
+    show.say(f"{file}: {counted(len(proposed.tables), 'table')}")
     show.say(f"next: read {file}, then `sync-pipeline doctor`")
 
 

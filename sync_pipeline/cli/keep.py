@@ -33,6 +33,7 @@ from sync_pipeline.cli.app import (
 )
 from sync_pipeline.config import Config
 from sync_pipeline.errors import ConfigurationError, SyncPipelineError
+from sync_pipeline.records import counted
 from sync_pipeline.verify import VerifyReport
 from sync_pipeline.views import FailedRecord, Selection
 
@@ -107,7 +108,7 @@ def failures(
             found = [failure for failure in found if failure.state != "held"]
         if action == "discard" and not yes:
             refuse(
-                f"discard would give up {show.counted(len(found), 'failure')}; "
+                f"discard would give up {counted(len(found), 'failure')}; "
                 "nothing was done; repeat with --yes to do it"
             )
         number = 0
@@ -118,7 +119,7 @@ def failures(
     if as_json:
         show.document({"failures": found} | ({done: number} if done else {}))
     elif done:
-        show.say(f"{show.counted(number, 'failure')} {'due now' if action == 'retry' else done}")
+        show.say(f"{counted(number, 'failure')} {'due now' if action == 'retry' else done}")
     else:
         headings = (
             "node",
@@ -131,7 +132,7 @@ def failures(
             "error",
         )
         show.console().print(show.table(None, headings, map(_failure_row, found)))
-        show.say(show.counted(len(found), "failure"))
+        show.say(counted(len(found), "failure"))
 
 
 def conflicts(
@@ -180,7 +181,7 @@ def conflicts(
         return
     for conflict in found:
         show.console().print(side_by_side.render(link, conflict))
-    show.say(show.counted(len(found), "conflict") + f"; {side_by_side.MARK} marks what differs")
+    show.say(counted(len(found), "conflict") + f"; {side_by_side.MARK} marks what differs")
 
 
 def verify(
@@ -236,8 +237,13 @@ def verify(
         _show_report(link, report)
         if marked is not None:
             done = "would be marked" if dry_run else "marked; the next pass sends them"
-            show.say(f"{show.counted(marked, 'record')} {done}")
+            show.say(f"{counted(marked, 'record')} {done}")
     if not report.equal and (repair_from is None or dry_run):
+        differing = [table for table, each in report.tables.items() if not each.equal]
+        show.complain(
+            f"the two sides differ in {', '.join(differing)}; "
+            "`sync-pipeline verify --repair-from NODE` makes the other node like NODE"
+        )
         raise typer.Exit(FAILED)
 
 
@@ -311,7 +317,7 @@ def _progress(tables: int) -> Iterator[Callable[[str, int], None] | None]:
         task = progress.add_task("comparing", total=tables)
 
         def advance(table: str, rows: int) -> None:
-            progress.console.print(show.printable(f"{table}: {show.counted(rows, 'row')} compared"))
+            progress.console.print(show.printable(f"{table}: {counted(rows, 'row')} compared"))
             progress.advance(task)
 
         yield advance
@@ -345,4 +351,10 @@ def _show_report(link: Config, report: VerifyReport) -> None:
                 more = f" and {number - SHOWN_IDS:,} more" if number > SHOWN_IDS else ""
                 listed = ", ".join(ids[:SHOWN_IDS])
                 show.say(show.printable(f"{table}: {label}: {listed}{more}"))
-    show.say("both sides are equal" if report.equal else "the two sides differ")
+    if report.equal:
+        left_out = sum(each.pending for each in report.tables.values())
+        states = (
+            "waits, has failed or is held" if left_out == 1 else "wait, have failed or are held"
+        )
+        exception = f", except {counted(left_out, 'record')} that {states}" if left_out else ""
+        show.say(f"both sides are equal{exception}")

@@ -21,6 +21,7 @@ from sync_pipeline.cli.app import (
     refuse,
 )
 from sync_pipeline.operate import Backfill, BackfillStep, Replay
+from sync_pipeline.records import counted
 
 PANEL = "Send again"
 
@@ -76,7 +77,7 @@ def replay(
     if as_json:
         show.document({"marked": marked})
     else:
-        show.say(f"{show.counted(marked, 'record')} of {table} marked on {node}")
+        show.say(f"{counted(marked, 'record')} of {table} marked on {node}")
 
 
 def backfill(
@@ -133,7 +134,7 @@ def backfill(
     else:
         for table, number in marked.items():
             show.say(f"{table}: {number:,}")
-        show.say(f"{show.counted(total, 'record')} marked on {node}")
+        show.say(f"{counted(total, 'record')} marked on {node}")
         show.say("next: `sync-pipeline stream` sends them, or `sync-pipeline sync` once")
 
 

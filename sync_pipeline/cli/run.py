@@ -17,9 +17,9 @@ from sync_pipeline.cli.app import ConfigOption, JsonOption, example, open_nodes,
 from sync_pipeline.cli.export import DEFAULT_HOST
 from sync_pipeline.cli.signals import stopped_by_signals
 from sync_pipeline.config import Config
-from sync_pipeline.errors import LockTaken
+from sync_pipeline.errors import LockTaken, SyncPipelineError
 from sync_pipeline.link import Link
-from sync_pipeline.records import Counts, DirectionReport
+from sync_pipeline.records import Counts, DirectionReport, counted
 from sync_pipeline.stream import Listener, Totals
 
 PANEL = "Run"
@@ -70,8 +70,9 @@ def sync(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     ]
     show.console().print(show.table(None, ("direction", *COUNTS), rows))
     waiting = ", ".join(f"{node} {number:,}" for node, number in pending.items())
-    passes = f"{totals.passes:,} {'pass' if totals.passes == 1 else 'passes'}"
-    show.say(f"{passes} in {show.duration(totals.seconds)}; still pending: {waiting}")
+    show.say(
+        f"{counted(totals.passes, 'pass')} in {show.duration(totals.seconds)}; still pending: {waiting}"
+    )
     if totals.paused:
         show.say("paused meanwhile; `sync-pipeline resume` lets it go on")
     if any(counts.failed for counts in totals.directions.values()):
@@ -152,20 +153,26 @@ def pause(config: ConfigOption = None, as_json: JsonOption = False) -> None:
     A consumer that runs notices within seconds. With one node down the other is paused, which is enough to stop, and
     the command ends with 1.
     """
-    _switch(configuration.load(config), paused=True, as_json=as_json)
+    link = configuration.load(config)
+    with open_reachable(link) as (connections, unreachable):
+        operate.pause(link, connections)
+    for name, error in unreachable.items():
+        reached = ", ".join(connections)
+        done = f"{reached} is paused, which stops the link, {name} is not" if reached else ""
+        problem = "; ".join(filter(None, (error.problem, done)))
+        raise SyncPipelineError(problem, node=name, remedy=error.remedy)
+    _switched(paused=True, as_json=as_json)
 
 
 def resume(config: ConfigOption = None, as_json: JsonOption = False) -> None:
-    """Let consumption go on, on both nodes."""
-    _switch(configuration.load(config), paused=False, as_json=as_json)
+    """Let consumption go on, on both nodes; with one of them down nothing is changed."""
+    link = configuration.load(config)
+    with open_nodes(link) as connections:
+        operate.resume(link, connections)
+    _switched(paused=False, as_json=as_json)
 
 
-def _switch(link: Config, *, paused: bool, as_json: bool) -> None:
-    with open_reachable(link) as (connections, unreachable):
-        change = operate.pause if paused else operate.resume
-        change(link, connections)
-    for error in unreachable.values():
-        raise error
+def _switched(*, paused: bool, as_json: bool) -> None:
     if as_json:
         show.document({"paused": paused})
     else:
@@ -285,8 +292,7 @@ def _report(report: DirectionReport) -> dict[str, Any]:
 
 
 def _in_words(report: DirectionReport) -> str:
-    total = report.total
-    parts = [f"{number:,} {name}" for name in COUNTS if (number := getattr(total, name))]
+    parts = [report.total.in_words()] if report.total.total else []
     if report.set_aside:
         parts.append(f"{report.set_aside:,} set aside")
     if report.recovered:

@@ -23,7 +23,7 @@ from sync_pipeline.cli.app import (
 from sync_pipeline.config import Config
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.install import Step
-from sync_pipeline.records import Finding
+from sync_pipeline.records import Finding, counted
 
 PANEL = "Set up"
 
@@ -65,7 +65,7 @@ def install(
     else:
         for node in link.nodes:
             number = sum(step.node == node.name for step in steps)
-            done = show.counted(number, "statement") + " run" if number else "nothing was missing"
+            done = counted(number, "statement") + " run" if number else "nothing was missing"
             show.say(f"{node.name}: installed; {done}")
         first = link.first.name
         show.say(
@@ -95,7 +95,7 @@ def uninstall(
         return
     for node in link.nodes:
         number = sum(step.node == node.name for step in steps)
-        done = show.counted(number, "statement") + " run" if number else "nothing was there"
+        done = counted(number, "statement") + " run" if number else "nothing was there"
         show.say(f"{node.name}: removed; {done}")
 
 
@@ -115,8 +115,10 @@ def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> None:
             remedy = f"; {finding.remedy}" if finding.remedy else ""
             show.say(show.printable(f"{finding.level}: {text}{remedy}"))
         show.say(_summary([finding.level for finding in findings]))
-        show.say(f"next: {_next(findings)}")
-    if any(finding.level == "error" for finding in findings):
+        show.say(f"next: {_next(link, findings)}")
+    errors = sum(finding.level == "error" for finding in findings)
+    if errors:
+        show.complain(f"doctor found {counted(errors, 'error')}; each comes with its remedy")
         raise typer.Exit(FAILED)
 
 
@@ -158,20 +160,25 @@ def _what_would_go(link: Config, connections: operate.Connections) -> str:
     names = " and ".join(node.name for node in link.nodes)
     text = (
         f"uninstall would remove the schema {link.schema_name} and the capture triggers of "
-        f"{show.counted(len(link.tables), 'table')} from {names}"
+        f"{counted(len(link.tables), 'table')} from {names}"
     )
     with contextlib.suppress(SyncPipelineError):
         waiting = sum(operate.pending_counts(link, connections).values())
         if waiting:
-            text += f", and with them {show.counted(waiting, 'pending event')}"
+            text += f", and with them {counted(waiting, 'pending event')}"
     return f"{text}; the tables keep every row. Nothing was done; repeat with --yes to do it"
 
 
-def _next(findings: Sequence[Finding]) -> str:
+def _next(link: Config, findings: Sequence[Finding]) -> str:
     if any(finding.level == "error" for finding in findings):
         return "do what the errors ask for, then `sync-pipeline doctor` again"
     if any(finding.check == "schema" for finding in findings):
         return "`sync-pipeline install`"
+    if any(finding.check == "paused" for finding in findings):
+        return "`sync-pipeline resume`, once nothing speaks against it"
+    with open_nodes(link) as connections:
+        if operate.status(link, connections).leader is not None:
+            return "`sync-pipeline status`: a consumer runs"
     return "`sync-pipeline stream`"
 
 
@@ -180,4 +187,4 @@ def _summary(levels: list[str]) -> str:
         return "nothing to report: both nodes are ready"
     found = {level: levels.count(level) for level in ("error", "warning", "info")}
     words = {"error": "error", "warning": "warning", "info": "note"}
-    return ", ".join(show.counted(number, words[level]) for level, number in found.items())
+    return ", ".join(counted(number, words[level]) for level, number in found.items())

@@ -50,12 +50,6 @@ def table(title: str | None, headings: Sequence[str], rows: Iterable[Sequence[ob
     return laid_out
 
 
-def counted(number: int, noun: str) -> str:
-    """Return `1 record`, `2 records`, `1,200 records`."""
-    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
-    return f"{number:,} {noun if number == 1 else plural}"
-
-
 def duration(seconds: float) -> str:
     """Return a length of time that is easy to read: `0.4 s`, `12 s`, `3 min 20 s`, `2 h 5 min`, `4 d 3 h`."""
     if seconds < 10:

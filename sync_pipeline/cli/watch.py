@@ -25,6 +25,7 @@ from sync_pipeline.cli.app import (
 from sync_pipeline.cli.signals import stopped_by_signals
 from sync_pipeline.config import Config
 from sync_pipeline.errors import SyncPipelineError
+from sync_pipeline.records import counted
 from sync_pipeline.views import Backlog, NodeStatus, PendingEvent, Status
 
 PANEL = "Watch"
@@ -178,7 +179,7 @@ def _line(link: Config, rates: Rates) -> str:
             else:
                 each = node.backlog
                 age = f" (oldest {show.duration(each.oldest_seconds)})" if each.pending else ""
-                conflicts = show.counted(each.conflicts_24h, "conflict")
+                conflicts = counted(each.conflicts_24h, "conflict")
                 parts.append(
                     f"{name}: {each.pending:,} pending{age}, {rates.of(name)}, {each.retrying:,} retrying, "
                     f"{each.dead:,} dead, {conflicts} in 24 h"

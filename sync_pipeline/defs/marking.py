@@ -16,7 +16,7 @@ from sync_pipeline.defs.names import Names
 from sync_pipeline.defs.session import Session, failure
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.operate import Replay
-from sync_pipeline.records import Relation
+from sync_pipeline.records import Relation, counted
 
 SLICES = 16
 # Where a backfill takes its rows from; the backfill page has no configuration, but it has tags.
@@ -56,7 +56,9 @@ def replay_records(context: dg.OpExecutionContext, config: ReplayConfig) -> None
     verb = "would mark" if config.dry_run else "marked"
     context.log.info("%s %s records of %s on %s", verb, marked, config.table, config.node)
     context.add_output_metadata({"marked": marked, "dry_run": config.dry_run})
-    context.instance.add_run_tags(context.run_id, {"sync/result": f"{verb} {marked} records"})
+    context.instance.add_run_tags(
+        context.run_id, {"sync/result": f"{verb} {counted(marked, 'record')}"}
+    )
 
 
 @dg.op(

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import dagster as dg
 
 from sync_pipeline.defs.names import Names
-from sync_pipeline.records import Counts, DirectionReport
+from sync_pipeline.records import Counts, DirectionReport, counted
 
 Metadata = dict[str, dg.MetadataValue]
 
@@ -78,13 +78,12 @@ def sentence(report: DirectionReport) -> str:
     """Say in one line what a direction did."""
     if not report.did_something:
         return f"{report.name}: nothing waited"
-    return f"{report.name}: {counts_in_words(report.total)}, from {report.events} events"
+    return f"{report.name}: {counts_in_words(report.total)}, from {counted(report.events, 'event')}"
 
 
 def counts_in_words(counts: Counts) -> str:
     """Return `3 upserted, 1 deleted`, or `no change`."""
-    words = [f"{value} {name}" for name, value in asdict(counts).items() if value]
-    return ", ".join(words) or "no change"
+    return counts.in_words() or "no change"
 
 
 def seconds(value: float) -> dg.FloatMetadataValue:

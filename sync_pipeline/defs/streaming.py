@@ -15,7 +15,7 @@ from sync_pipeline.defs.names import Names
 from sync_pipeline.defs.session import Session, beside, failure
 from sync_pipeline.errors import LockTaken, SyncPipelineError
 from sync_pipeline.link import Link
-from sync_pipeline.records import Counts, DirectionReport
+from sync_pipeline.records import Counts, DirectionReport, counted
 from sync_pipeline.stream import Listener, Totals
 
 DEFAULT_BUDGET_SECONDS = 600.0
@@ -185,4 +185,4 @@ def _in_words(totals: Totals) -> str:
     total = Counts()
     for counts in totals.directions.values():
         total.add(counts)
-    return f"{totals.passes} passes: {counts_in_words(total)}"
+    return f"{counted(totals.passes, 'pass')}: {counts_in_words(total)}"

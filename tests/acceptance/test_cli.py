@@ -1,6 +1,7 @@
 """What holds for every command: help, configuration, exit codes, JSON, and errors without a traceback."""
 
 import json
+import os
 import re
 import subprocess
 from importlib.metadata import entry_points
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 from sync_pipeline.cli import app, main
 from tests.engine import installed, sync_pair
 from tests.helpers import Pair, write_config
-from tests.program import PROGRAM, answer, refused, run
+from tests.program import PROGRAM, answer, line_with, refused, run, running, stop, succeed
 
 MANUAL = Path(__file__).parents[2] / "docs" / "commands.md"
 COMMANDS = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -103,6 +104,15 @@ def test_a_shell_can_learn_to_complete_commands(shell: str) -> None:
 
 def test_the_version_is_told(pair: Pair) -> None:
     assert run(pair, "--version", configured=False).stdout == "sync-pipeline 0.1.0\n"
+
+
+def test_an_interrupt_while_the_program_is_still_being_imported_shows_no_traceback(
+    pair: Pair, tmp_path: Path
+) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    python_path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    result = run(pair, "--version", configured=False, PYTHONPATH=python_path)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
 
 
 def test_the_configuration_is_found_by_option_variable_or_folder(link: Pair) -> None:
@@ -269,3 +279,27 @@ def test_doctor_and_verify_answer_in_json_whatever_they_find(eventful: Pair) -> 
         assert set(finding) == {"level", "check", "node", "table", "message", "remedy"}
     verify = run(eventful, "verify", "--json")
     assert {"equal", "tables"} <= set(json.loads(verify.stdout))
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["text", "json"])
+def test_a_finding_or_a_difference_that_ends_with_one_is_a_line_on_stderr(
+    link: Pair, options: list[str]
+) -> None:
+    link.crm.execute("alter table users disable trigger all")
+    link.crm.insert("accounts", id=70, name="only here")
+    link.crm.execute("delete from sync.sync_events")
+    doctor, verify = (run(link, command, *options) for command in ("doctor", "verify"))
+    assert (doctor.returncode, verify.returncode) == (1, 1)
+    assert re.fullmatch(r"doctor found \d errors; .+\n", doctor.stderr)
+    assert re.fullmatch(r"the two sides differ in accounts; .+\n", verify.stderr)
+
+
+def test_doctor_says_what_to_do_next_by_what_it_found(link: Pair) -> None:
+    assert succeed(link, "doctor").endswith("next: `sync-pipeline stream`\n")
+    with running(link, "stream") as worker:
+        line_with(worker, "leading")
+        assert succeed(link, "doctor").endswith("next: `sync-pipeline status`: a consumer runs\n")
+        stop(worker)
+    succeed(link, "pause")
+    assert "next: `sync-pipeline resume`" in succeed(link, "doctor")
+    succeed(link, "resume")

@@ -398,4 +398,10 @@ def test_verify_ends_with_one_on_a_difference_and_repairs_by_marking(filled: Pai
     assert answer(filled, "verify", "accounts", "--repair-from", "crm")["marked"] == 2
     sync_pair(filled)
     assert equal(filled)
-    assert "both sides are equal" in succeed(filled, "verify")
+    assert succeed(filled, "verify").endswith("both sides are equal\n")
+
+
+def test_verify_says_how_many_records_it_left_out(failing: Pair) -> None:
+    verdict = "both sides are equal, except 3 records that wait, have failed or are held\n"
+    assert succeed(failing, "verify").endswith(verdict)
+    assert answer(failing, "verify")["tables"]["users"]["pending"] == 3

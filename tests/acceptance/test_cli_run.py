@@ -222,7 +222,21 @@ def test_pause_with_one_node_down_pauses_the_other_and_says_so(link: Pair) -> No
     result = run(link, "pause", BILLING_DSN="postgresql://127.0.0.1:1/nothing")
     assert result.returncode == 1
     assert result.stderr.startswith("billing: cannot connect")
+    assert "crm is paused, which stops the link, billing is not" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
     assert answer(link, "status")["paused"] is True
+
+
+def test_resume_changes_nothing_unless_both_nodes_are_reached(link: Pair) -> None:
+    succeed(link, "pause")
+    result = run(link, "resume", BILLING_DSN="postgresql://127.0.0.1:1/nothing")
+    assert result.returncode == 1
+    assert result.stderr.startswith("billing: cannot connect")
+    link.billing.execute("alter table sync.sync_node rename to hidden")
+    assert "run `sync-pipeline install`" in refused(link, "resume")
+    link.billing.execute("alter table sync.hidden rename to sync_node")
+    for node in link.nodes:
+        assert node.value("select paused_at is not null from sync.sync_node")
 
 
 def test_uninstall_without_yes_says_what_would_go_and_does_nothing(link: Pair) -> None:

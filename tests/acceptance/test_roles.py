@@ -48,7 +48,9 @@ def works(pair: Pair, role: str, *arguments: str) -> str:
 
 
 def findings(pair: Pair, role: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(command(pair, role, "doctor", "--json")[1])["findings"]
+    said = command(pair, role, "doctor", "--json")[1]
+    # One document, and after it perhaps what stands on stderr.
+    found: list[dict[str, Any]] = json.JSONDecoder().raw_decode(said)[0]["findings"]
     return found
 
 

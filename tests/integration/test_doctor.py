@@ -9,7 +9,9 @@ from typing import Any
 import psycopg
 import pytest
 
-from sync_pipeline import doctor, node_checks, servers, stream
+from sync_pipeline import catalog, doctor, node_checks, servers, stream
+from sync_pipeline.database import connected
+from sync_pipeline.errors import CatalogMismatch
 from sync_pipeline.node_checks import OLDEST_VERSION
 from sync_pipeline.records import Finding
 from sync_pipeline.servers import Setting
@@ -78,6 +80,60 @@ def test_a_missing_table_a_missing_key_and_a_missing_column_are_all_named_at_onc
     assert "no primary key" in found["crm", "tags"].message
     assert "region" in found["billing", "accounts"].message
     assert "exclude" in found["billing", "accounts"].remedy
+
+
+def test_a_remedy_names_the_file_that_was_given(pair: Pair, tmp_path: Path) -> None:
+    other = write_config(
+        tmp_path / "other.yaml",
+        [
+            {"name": "accounts", "exclude": ["id"]},
+            {"name": "users", "key": ["nick"]},
+            {"name": "orders", "crm": {"columns": {"note": "remark"}}},
+            "nowhere",
+        ],
+    )
+
+    found = [f for f in doctor.examine(config_of(pair, other)) if f.check == "catalog"]
+
+    assert [(f.table, str(other) in f.remedy) for f in found] == [
+        *(("accounts", True), ("users", True), ("orders", True), ("nowhere", True)),
+    ]
+    assert "take it out of `exclude`" in found[0].remedy
+
+
+def test_an_excluded_field_that_neither_node_has_is_an_error_and_stops_no_consumer(
+    pair: Pair,
+) -> None:
+    installed(pair)
+    configure(pair, {"name": "accounts", "exclude": ["paln"]}, "users", "orders")
+
+    (finding,) = findings(pair, "catalog")
+    assert (finding.level, finding.table) == ("error", "accounts")
+    assert "`exclude` names paln, which neither node has" in finding.message
+    with pytest.raises(CatalogMismatch, match="paln"):
+        installed(pair)
+    config = config_of(pair)
+    with connected(config.first, config, "t") as crm, connected(config.second, config, "t") as two:
+        found = catalog.read(config, {"crm": crm, "billing": two}, running=True)
+    assert found.warnings == ("accounts: `exclude` names paln, which neither node has",)
+
+
+def test_a_column_that_is_mapped_to_another_field_is_not_said_to_be_missing(pair: Pair) -> None:
+    configure(pair, {"name": "accounts", "crm": {"columns": {"plan": "name"}}})
+
+    (message,) = [f.message for f in findings(pair, "catalog") if f.table == "accounts"]
+
+    assert message == "field name has no column here: column name is mapped to field plan"
+
+
+def test_a_table_with_an_error_of_its_own_is_not_said_to_be_left_out_of_the_syncing(
+    pair: Pair,
+) -> None:
+    installed(pair)
+    pair.crm.execute("alter table users add column phone text")
+
+    assert [(f.level, f.table) for f in findings(pair, "catalog")] == [("error", "users")]
+    assert findings(pair, "foreign_key") == []
 
 
 def test_nothing_installed_is_a_warning_and_installed_on_one_node_only_is_an_error(
@@ -227,6 +283,10 @@ SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, str, str, str]]] = {
         ),
         ("warning", "sequence", "gives id = 1 next, but values up to 7", "restart with 9"),
     ),
+    "received": (
+        ("create table received (id int primary key)",),
+        ("info", "where", "has no effect: this table is sent from billing alone", "nothing to do"),
+    ),
     "light": (
         ("create unlogged table light (id int primary key)",),
         ("warning", "unlogged", "a crash of the server empties it", "set logged"),
@@ -238,7 +298,10 @@ def test_each_shape_of_a_table_that_can_hurt_is_named_with_its_remedy(pair: Pair
     for statements, _ in SHAPES.values():
         for node, statement in zip(pair.nodes, (statements[0], statements[-1]), strict=True):
             node.execute(statement)
-    options: dict[str, dict[str, Any]] = {"demanding": {"exclude": ["own"]}}
+    options: dict[str, dict[str, Any]] = {
+        "demanding": {"exclude": ["own"]},
+        "received": {"source": "billing", "where": {"crm": "id > 0"}},
+    }
     configure(pair, *({"name": table, **options.get(table, {})} for table in SHAPES))
     installed(pair)
 
@@ -443,11 +506,11 @@ def test_what_waits_was_refused_or_is_held_is_counted(pair: Pair) -> None:
 
     found = {(f.node, f.level, f.check): f for f in findings(pair)}
 
-    assert "1 events wait" in found["crm", "info", "backlog"].message
+    assert "1 event waits" in found["crm", "info", "backlog"].message
     assert "resume" in found["crm", "info", "paused"].remedy
-    assert "1 records are out of attempts" in found["crm", "warning", "failures"].message
+    assert "1 record is out of attempts" in found["crm", "warning", "failures"].message
     # The decision is asked for where it was found.
-    assert "1 conflicts are held" in found["billing", "warning", "conflicts"].message
+    assert "1 conflict is held" in found["billing", "warning", "conflicts"].message
     assert len(found) == 4
 
 

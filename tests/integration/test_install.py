@@ -2,9 +2,12 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from sync_pipeline import install
 from sync_pipeline.config import Config
 from sync_pipeline.database import connected
+from sync_pipeline.errors import CatalogMismatch, PassInterrupted, SyncPipelineError
 from tests.engine import config_of, equal, installed, sync_pair
 from tests.helpers import Pair
 
@@ -16,6 +19,21 @@ def run_install(config: Config) -> int:
         connected(config.second, config, "install") as two,
     ):
         return len(install.install(config, {config.first.name: one, config.second.name: two}))
+
+
+def run_uninstall(config: Config) -> int:
+    """Uninstall in sessions of its own; return how many statements were run."""
+    with (
+        connected(config.first, config, "install") as one,
+        connected(config.second, config, "install") as two,
+    ):
+        return len(install.uninstall(config, {config.first.name: one, config.second.name: two}))
+
+
+def triggers(pair: Pair) -> list[int]:
+    """How many triggers applications meet on each node."""
+    statement = "select count(*) from pg_trigger where not tgisinternal"
+    return [node.value(statement) for node in pair.nodes]
 
 
 def test_a_second_installation_finds_nothing_to_do(pair: Pair) -> None:
@@ -51,13 +69,91 @@ def test_a_plan_changes_nothing(pair: Pair) -> None:
 def test_uninstalling_leaves_the_tables_and_no_trigger(pair: Pair) -> None:
     config = installed(pair)
     pair.crm.insert("accounts", id=1, name="first")
-    with (
-        connected(config.first, config, "install") as one,
-        connected(config.second, config, "install") as two,
-    ):
-        install.uninstall(config, {"crm": one, "billing": two})
+    run_uninstall(config)
     for node in pair.nodes:
         assert node.value("select to_regnamespace('sync') is null")
         assert node.value("select count(*) from pg_trigger where not tgisinternal") == 0
     assert pair.crm.rows("select name from accounts") == [("first",)]
     pair.crm.insert("accounts", id=2, name="still works")
+
+
+def test_what_the_second_node_refuses_is_not_installed_on_the_first_either(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(install, "LOCK_ATTEMPTS", 1)
+    with pair.billing.connect(autocommit=False) as application:
+        application.execute("lock table users in row exclusive mode")
+        with pytest.raises(PassInterrupted, match="billing: a table stayed locked"):
+            run_install(config_of(pair))
+    for node in pair.nodes:
+        assert node.value("select to_regnamespace('sync') is null")
+    assert triggers(pair) == [0, 0]
+
+
+def test_an_application_that_waits_for_an_installation_is_not_ended_by_a_deadlock(
+    pair: Pair,
+) -> None:
+    with pair.crm.connect(autocommit=False) as application, ThreadPoolExecutor(1) as pool:
+        application.execute("lock table users in row exclusive mode")
+        installing = pool.submit(run_install, config_of(pair))
+        waiting = "select count(*) from pg_locks where not granted and relation = 'users'::regclass"
+        while not pair.crm.value(waiting):
+            assert not installing.done()
+        application.execute("insert into accounts (id, name) values (1, 'one')")
+        application.commit()
+        assert installing.result() > 0
+
+
+def test_uninstalling_refuses_to_take_along_what_is_not_the_pipelines(pair: Pair) -> None:
+    config = installed(pair)
+    before = triggers(pair)
+    pair.billing.execute("create table sync.notes (note text)")
+    pair.billing.execute("create view public.backlog as select count(*) from sync.sync_events")
+    pair.billing.execute("create function sync.is_value(integer) returns int return 1")
+    pair.billing.execute(
+        "create function sync.stamp() returns trigger language plpgsql as 'begin return new; end';"
+        "create trigger stamp before insert on users for each row execute function sync.stamp()"
+    )
+    with pytest.raises(SyncPipelineError, match="nothing was removed") as refused:
+        run_uninstall(config)
+    for name in ("table sync.notes", "view backlog", "sync.is_value(integer)", "sync.stamp()"):
+        assert name in str(refused.value)
+    assert "sync_failures" not in str(refused.value)
+    assert triggers(pair) == [before[0], before[1] + 1]
+    pair.crm.insert("accounts", id=1, name="still captured")
+    sync_pair(pair)
+    assert equal(pair)
+
+    pair.billing.execute("drop view backlog; drop table sync.notes")
+    pair.billing.execute("drop function sync.is_value(integer), sync.stamp() cascade")
+    assert run_uninstall(config) > 0
+    assert triggers(pair) == [0, 0]
+
+
+def test_a_schema_in_which_the_pipeline_was_never_installed_is_left_alone(pair: Pair) -> None:
+    for node in pair.nodes:
+        node.execute("create schema sync; create table sync.sync_migrations (note text)")
+    assert run_uninstall(config_of(pair)) == 0
+    for node in pair.nodes:
+        assert node.rows("sync.sync_migrations") == []
+
+
+def test_a_name_that_is_taken_by_something_else_is_refused_on_both_nodes(pair: Pair) -> None:
+    pair.billing.execute("create schema sync; create table sync.sync_events (note text)")
+    pair.billing.execute(
+        "create function sync.capture_users() returns trigger language plpgsql as 'begin end'"
+    )
+    with pytest.raises(CatalogMismatch, match=r"table sync\.sync_events") as refused:
+        run_install(config_of(pair))
+    assert "capture_users()" in str(refused.value)
+    assert "`schema`" in str(refused.value)
+    assert pair.crm.value("select to_regnamespace('sync') is null")
+
+
+def test_a_trigger_function_of_somebody_else_in_the_schema_survives_installing(pair: Pair) -> None:
+    installed(pair)
+    pair.crm.execute(
+        "create function sync.stamp() returns trigger language plpgsql as 'begin return new; end'"
+    )
+    assert run_install(config_of(pair)) == 0
+    assert pair.crm.value("select to_regprocedure('sync.stamp()') is not null")

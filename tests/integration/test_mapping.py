@@ -48,6 +48,15 @@ def test_other_table_and_column_names_meet(pair: Pair) -> None:
     assert texts(pair.billing, "billing.invoice") == texts(pair.billing, "billing.customer") == []
 
 
+def test_a_mapped_field_is_not_read_from_a_column_that_has_its_name(pair: Pair) -> None:
+    crm = "create table t (id int primary key, phase text, state text)"
+    billing = "create table t (id int primary key, state text)"
+    link(pair, (crm, billing), {"name": "t", "crm": {"columns": {"state": "phase"}}})
+    pair.crm.execute("insert into t values (1, 'sent', 'kept')")
+    sync_pair(pair)
+    assert texts(pair.billing, "t") == ["(1,sent)"]
+
+
 def test_a_conflict_of_mapped_tables_is_logged_by_field(pair: Pair) -> None:
     link(pair, (CRM, BILLING), INVOICES, ACCOUNTS)
     pair.crm.execute("insert into sales.invoices values (7, 1, null, 'secret')")

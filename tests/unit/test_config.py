@@ -111,6 +111,11 @@ def test_the_long_form_says_everything_about_a_table() -> None:
     assert invoices.where("crm") is None
 
 
+def test_a_condition_of_the_node_that_only_receives_a_table_does_nothing() -> None:
+    config = tables("{name: invoices, source: billing, where: {crm: \"state <> 'draft'\"}}")
+    assert config.table("invoices").where("crm") is None
+
+
 def test_a_dot_in_the_name_separates_the_schema_when_a_node_says_no_more() -> None:
     assert tables("sales.invoices").tables[0].relation("crm") == ("sales", "invoices")
 
@@ -405,8 +410,7 @@ REFUSED = {
     NODES + "tables: [{name: a, crm: {columns: {b: x, c: x}}}]": "tables[0].crm.columns.c: is the",
     NODES + "tables: [{name: a, key: [x], crm: {columns: {b: x}}}]": "the column of another field",
     NODES + "tables: [{name: a, source: c}]": "source: unknown node `c`; expected one of crm, bill",
-    NODES + "tables: [{name: a, source: crm, where: {billing: b}}]": "where.billing: has no effect",
-    NODES + "tables: [{name: a, where: {c: b}}]": "tables[0].where.c: unknown node",
+    NODES + "tables: [{name: a, where: {c: b}}]": "tables[0].where.c: is no node; expected one of",
     NODES + "tables: [{name: a, where: b}]": "tables[0].where: expected conditions by node",
 }
 
