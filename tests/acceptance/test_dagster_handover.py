@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.dagster, pytest.mark.timeout(300)]
 STREAM_SECONDS = 60
 # The first stream's. The sensor asks for the next one when half of STREAM_SECONDS is left, and when a quarter of it is
 # over: so a busy machine has 25 seconds to start one.
-FIRST_SECONDS = 45
+FIRST_SECONDS = 60
 LAST_STAGES = ("crm_to_billing.process_parents", "crm_to_billing.process_dependents")
 # The code location that docs/dagster.md shows, with a stream that ends soon.
 LOCATION = f"""
