@@ -69,7 +69,8 @@ _RAISED = "exec_stmt_raise"  # The function of PostgreSQL behind RAISE in PL/pgS
 _CODE_CLASSES = _CATALOG_CLASSES | {"55"}
 # A function in the context of an error that is none of ours.
 _FUNCTION_OF_APPLICATION = re.compile(
-    r"PL/\w+[ -]\S+ (?:[^\s(.]+\.)?(?!capture_|try_each\(|has_lost_rows\()[^\s(.]+\(|^SQL function ",
+    r"PL/\w+[ -]\S+ (?:[^\s(.]+\.)?(?!capture_|try_each\(|has_lost_rows\()[^\s(.]+\("
+    r'|^SQL function "(?!has_events|events_|next_events)',
     re.MULTILINE,
 )
 

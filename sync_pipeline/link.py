@@ -172,7 +172,7 @@ def lead(config: Config, *, standing_by: bool = False, again: bool = False) -> I
     """Connect to both nodes, take both locks, and hold them for a `with` block.
 
     Who is `standing_by` asks for one lock again and again: then nothing else is opened before it is taken. A missing
-    table is left out, and for who leads `again` every table that no schema change should have touched: others go on.
+    table is left out; for who leads `again`, so is every table that can no longer be synced, and the others go on.
 
     Raises `LockTaken` when another consumer leads, `PoolerRefused` behind a pooler that shares sessions,
     `NotInstalled`, `WrongDatabase` where a dsn leads to another database than the one that was installed,

@@ -34,6 +34,8 @@ ROWS_IN_MEMORY_BYTES = 8 * 1024 * 1024
 CHUNK_BYTES = 65536
 EMPTY = "{}"
 LAST_ID = 2**63 - 2
+# What the function `has_lost_rows` raises.
+ROWS_LOST = "SY001"
 
 
 @dataclass(slots=True)
@@ -234,13 +236,13 @@ class Snapshot:
         }
         try:
             self._fill(part, statement, first_number, parameters)
-        except psycopg.errors.ObjectNotInPrerequisiteState as error:
-            raise PassInterrupted(
-                f"{part.table} was truncated, rewritten or replaced while it was read",
-                node=self._relations[part.table].node,
-                remedy="the next pass reads it again",
-            ) from error
         except psycopg.Error as error:
+            if error.sqlstate == ROWS_LOST:
+                raise PassInterrupted(
+                    f"{part.table} was truncated, rewritten or replaced while it was read",
+                    node=self._relations[part.table].node,
+                    remedy="the next pass reads it again",
+                ) from error
             if error_class(error) == "data":
                 raise ReadFailed(part) from error
             raise

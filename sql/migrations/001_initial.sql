@@ -188,8 +188,7 @@ begin
         left join pg_class as before on before.oid = now.oid
         where before.relfilenode is distinct from coalesce(pg_relation_filenode(now.oid), 0)
     ) then
-        raise exception 'rows of % are gone from the snapshot', of_table
-            using errcode = 'object_not_in_prerequisite_state';
+        raise exception 'rows of % are gone from the snapshot', of_table using errcode = 'SY001';
     end if;
     return false;
 end
