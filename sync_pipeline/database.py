@@ -63,7 +63,7 @@ DATA_CLASSES = {"21", "22", "23", "27", "2F", "38", "39", "44", "54", "P0"}
 # What the schema, the rights or the program's own SQL is to blame for; all else is said of a record, an application's
 # own SQLSTATEs included.
 _CATALOG_CLASSES = {"0A", "0L", "0P", "26", "28", "2B", "34", "3D", "3F", "42", "HV"}
-LOCK_NOT_AVAILABLE = "55P03"
+_LOCK_NOT_AVAILABLE = "55P03"
 _RAISED = "exec_stmt_raise"  # The function of PostgreSQL behind RAISE in PL/pgSQL: the text is the application's.
 # What a function of the application that runs because of a record is to blame for: a name that it does not find.
 _CODE_CLASSES = _CATALOG_CLASSES | {"55"}
@@ -196,7 +196,7 @@ def error_class(error: psycopg.Error) -> ErrorClass:
         return "transient"
     if _FUNCTION_OF_APPLICATION.search(error.diag.context or "") and (
         error.diag.source_function == _RAISED
-        or (state[:2] in _CODE_CLASSES and state != LOCK_NOT_AVAILABLE)
+        or (state[:2] in _CODE_CLASSES and state != _LOCK_NOT_AVAILABLE)
     ):
         return "data"
     if state[:2] in _TRANSIENT_CLASSES:

@@ -337,8 +337,8 @@ class Acknowledger:
 def run(link: Link) -> list[DirectionReport]:
     """Run one pass: each direction that has something to do, one after the other.
 
-    A direction is left out when its source has no events and no failure that is due, which one short query tells. Who
-    pauses the link need not wait for its end: it ends after the batch that is under way.
+    A direction is left out when its source has no events and no failure that is due, which one short query tells. When
+    an operator pauses the link, it ends after the batch that is under way and the one that is staged already.
     Raises `PassInterrupted` for what a retry can mend.
     """
     reports = []
