@@ -20,7 +20,8 @@ from benchmarks import dagster_page, report, workloads
 from benchmarks.arena import Arena, Databases
 from benchmarks.figures import Figure
 from benchmarks.processes import repeated
-from tests.dagster_processes import Dagster, eventually
+from tests.dagster_processes import Dagster
+from tests.helpers import eventually
 
 SAMPLES = 3
 ITEMS = 100_000

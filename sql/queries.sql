@@ -336,6 +336,23 @@ where locks.locktype = 'advisory'
     and locks.objsubid = 2
     and locks.granted
 
+-- name: read_blocker
+-- The session that the pipeline waits for in this database right now, the one whose transaction is oldest; its process id
+-- is 0 for a prepared transaction, and what only its own role may see is null for others.
+select
+    blocking.pid,
+    activity.application_name,
+    activity.state,
+    extract(epoch from pg_catalog.clock_timestamp() - activity.xact_start)::double precision as seconds
+from pg_catalog.pg_stat_activity as waiting
+cross join lateral pg_catalog.unnest(pg_catalog.pg_blocking_pids(waiting.pid)) as blocking (pid)
+left join pg_catalog.pg_stat_activity as activity on activity.pid = blocking.pid
+where waiting.datname = pg_catalog.current_database()
+    and waiting.application_name like 'sync-pipeline %%'
+    and (activity.application_name like 'sync-pipeline %%') is not true
+order by activity.xact_start nulls first, blocking.pid
+limit 1
+
 -- name: read_noted
 -- Which database install met here, and as which node.
 select node, peer, system_identifier, database_oid::bigint as database_oid

@@ -21,6 +21,7 @@ from sync_pipeline.errors import CatalogMismatch, ConnectionFailed, SyncPipeline
 from sync_pipeline.records import Relation
 from sync_pipeline.views import (
     Backlog,
+    Blocker,
     Conflict,
     FailedRecord,
     LastFailure,
@@ -100,11 +101,13 @@ def _node_status(config: Config, node: str, connection: Connection) -> NodeStatu
         install.require(config, node, connection)
         backlog = _rows(connection, config, "read_status", Backlog, {})
         failures = _rows(connection, config, "read_last_failure", LastFailure, {})
+        blockers = _rows(connection, config, "read_blocker", Blocker, {})
         return NodeStatus(
             backlog[0],
             locks.leader(connection, config),
             captured=scalar(connection, query(queries.get("count_captured", config.schema_name))),
             last_failure=failures[0] if failures else None,
+            blocker=blockers[0] if blockers else None,
         )
 
 

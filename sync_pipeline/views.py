@@ -39,6 +39,19 @@ class LastFailure:
 
 
 @dataclass(frozen=True, slots=True)
+class Blocker:
+    """The session whose lock the pipeline waits for on a node, and the age of its transaction by the node's clock.
+
+    `pid` is 0 for a prepared transaction; the others are None where the role may not see them.
+    """
+
+    pid: int
+    application_name: str | None
+    state: str | None
+    seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class NodeStatus:
     """One node: its backlog and who leads there, or why neither could be read.
 
@@ -50,6 +63,7 @@ class NodeStatus:
     error: str | None = None
     captured: int = 0
     last_failure: LastFailure | None = None
+    blocker: Blocker | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 from unittest.mock import patch
 
 import dagster as dg
@@ -22,15 +21,13 @@ import psutil
 from psycopg.conninfo import conninfo_to_dict
 
 from tests import deployment
+from tests.helpers import eventually
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / "dagster_home"
 LOCATION = "sync-pipeline"
 START_SECONDS = 90.0
-LOOK_SECONDS = 0.1
 ENDED = {"SUCCESS", "FAILURE", "CANCELED"}
-
-T = TypeVar("T")
 
 
 def storage_environment(dsn: str) -> dict[str, str]:
@@ -43,15 +40,6 @@ def storage_environment(dsn: str) -> dict[str, str]:
         "DAGSTER_PG_USERNAME": str(parts["user"]),
         "DAGSTER_PG_PASSWORD": "unused",
     }
-
-
-def eventually(what: str, look: Callable[[], T], seconds: float = 60.0) -> T:
-    """Look until something true is seen and return it; fail with `what` when the time is over."""
-    deadline = time.monotonic() + seconds
-    while not (seen := look()):
-        assert time.monotonic() < deadline, f"not within {seconds:g} seconds: {what}"
-        time.sleep(LOOK_SECONDS)
-    return seen
 
 
 class Dagster:

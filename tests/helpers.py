@@ -1,6 +1,7 @@
 """The verbs and nouns that tests are written in."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,7 @@ from functools import cached_property
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import psycopg
 import yaml
@@ -45,7 +46,10 @@ create index on users (account_id);
 create index on orders (user_id);
 """
 
+LOOK_SECONDS = 0.05
+
 Row = tuple[Any, ...]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -213,6 +217,15 @@ class Clusters:
 
     def _create(self, version: int, node: str) -> Cluster:
         return Cluster(Server.create(self._directory / f"{node}-{version}", version))
+
+
+def eventually(what: str, look: Callable[[], T], seconds: float = 60.0) -> T:
+    """Look until something true is seen and return it; fail with `what` when the time is over."""
+    deadline = time.monotonic() + seconds
+    while not (seen := look()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} seconds: {what}"
+        time.sleep(LOOK_SECONDS)
+    return seen
 
 
 def dsn_variable(node: str) -> str:

@@ -208,6 +208,7 @@ def _screen(link: Config, found: Status, rates: Rates | None = None) -> Renderab
         ]
         rows.append((label, *values))
     rows.append(("last error", *(_last_error(node) for node in found.nodes.values())))
+    rows.append(("waits for", *(_blocker(node) for node in found.nodes.values())))
     rows.append(("led by", *(_session(node) for node in found.nodes.values())))
     if rates is not None:
         rows.insert(2, ("events a second", *(rates.of(name) for name in found.nodes)))
@@ -236,6 +237,18 @@ def _last_error(node: NodeStatus) -> str:
     if failure is None:
         return "-" if node.backlog is not None else "?"
     return f"{failure.error_class} {failure.table_name}, {show.duration(failure.seconds)} ago"
+
+
+def _blocker(node: NodeStatus) -> str:
+    blocker = node.blocker
+    if blocker is None:
+        return "-" if node.backlog is not None else "?"
+    if blocker.pid == 0:
+        return "a lock of a prepared transaction"
+    known = [text for text in (blocker.application_name, blocker.state) if text]
+    age = "" if blocker.seconds is None else f", open for {show.duration(blocker.seconds)}"
+    who = f" ({', '.join(known)})" if known else ""
+    return f"a lock of backend {blocker.pid}{who}{age}"
 
 
 def _session(node: NodeStatus) -> str:
@@ -280,6 +293,7 @@ def _node(node: NodeStatus) -> dict[str, Any]:
         "last_pass_at": backlog and backlog.last_pass_at,
         "captured": None if backlog is None else node.captured,
         "last_failure": node.last_failure,
+        "blocker": node.blocker,
         "leads": node.leader and node.leader.pid,
         "error": node.error,
     }

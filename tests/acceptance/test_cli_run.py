@@ -11,9 +11,8 @@ import pytest
 
 from sync_pipeline.cli.run import Log, LogFormat
 from sync_pipeline.errors import LockTaken
-from tests.dagster_processes import eventually
 from tests.engine import config_of, equal, installed
-from tests.helpers import Pair
+from tests.helpers import Pair, eventually
 from tests.program import answer, line_with, refused, run, running, stop, succeed
 
 

@@ -19,7 +19,7 @@ from sync_pipeline.cli.watch import Rates
 from sync_pipeline.demo.screen import save_picture
 from sync_pipeline.views import Backlog, NodeStatus, Status
 from tests.engine import installed, sync_pair
-from tests.helpers import Node, Pair, write_config
+from tests.helpers import Node, Pair, eventually, write_config
 from tests.program import (
     PROGRAM,
     answer,
@@ -68,6 +68,29 @@ def test_status_counts_what_waits_failed_and_conflicted_on_each_node(link: Pair)
     assert abs(found["clock_difference_seconds"]) <= found["clock_accuracy_seconds"] + 0.001
     shown = succeed(link, "status")
     assert "nobody leads" in shown
+
+
+def test_status_names_the_session_whose_lock_the_consumer_waits_for(link: Pair) -> None:
+    link.crm.insert("accounts", id=1, name="one")
+    sync_pair(link)
+    link.crm.execute("update accounts set name = 'two'")
+    with link.billing.connect(autocommit=False) as application:
+        application.execute("set application_name = 'night shift'")
+        application.execute("select from accounts for update")
+        with running(link, "sync"):
+            blocker = eventually(
+                "the consumer waits",
+                lambda: answer(link, "status")["nodes"]["billing"]["blocker"],
+            )
+            assert blocker["pid"] == application.info.backend_pid
+            assert (blocker["application_name"], blocker["state"]) == (
+                "night shift",
+                "idle in transaction",
+            )
+            assert blocker["seconds"] > 0
+            shown = succeed(link, "status")
+            assert f"a lock of backend {blocker['pid']} (night shift, idle in transaction)" in shown
+    assert answer(link, "status")["nodes"]["billing"]["blocker"] is None
 
 
 def test_status_names_the_node_that_is_down_and_shows_the_other(link: Pair) -> None:

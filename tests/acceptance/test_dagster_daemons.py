@@ -12,12 +12,11 @@ from tests.dagster_processes import (
     ENDED,
     HOME,
     Dagster,
-    eventually,
     free_port,
     storage_environment,
 )
 from tests.engine import config_of, equal
-from tests.helpers import Cluster, Node, Pair
+from tests.helpers import Cluster, Node, Pair, eventually
 
 pytestmark = [pytest.mark.dagster, pytest.mark.timeout(240)]
 

@@ -13,9 +13,9 @@ import pytest
 from sync_pipeline import link as links
 from sync_pipeline import locks
 from sync_pipeline.defs.glance import leading
-from tests.dagster_processes import HOME, Dagster, eventually, storage_environment
+from tests.dagster_processes import HOME, Dagster, storage_environment
 from tests.engine import config_of, equal, installed
-from tests.helpers import Cluster, Pair, write_config
+from tests.helpers import Cluster, Pair, eventually, write_config
 from tests.webhooks import webhook
 
 pytestmark = [pytest.mark.dagster, pytest.mark.timeout(300)]

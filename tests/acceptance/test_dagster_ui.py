@@ -12,8 +12,8 @@ import pytest
 
 from tests import browser, dagster_runs
 from tests.browser import Browser
-from tests.dagster_processes import Dagster, eventually
-from tests.helpers import Pair
+from tests.dagster_processes import Dagster
+from tests.helpers import Pair, eventually
 
 pytestmark = [pytest.mark.browser, pytest.mark.dagster, pytest.mark.timeout(300), browser.needed]
 

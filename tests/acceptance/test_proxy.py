@@ -15,8 +15,9 @@ from threading import Thread
 
 import pytest
 
-from tests.dagster_processes import eventually, free_port
+from tests.dagster_processes import free_port
 from tests.deployment import proxy_configuration
+from tests.helpers import eventually
 
 LOGIN = {"Authorization": f"Basic {base64.b64encode(b'ops:secret').decode()}"}
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ from sync_pipeline.servers import Server
 from tests.bookkeeping import assert_each_write_had_its_effect_once, go_on, keep_books, work
 from tests.crashing import POINTS
 from tests.engine import config_of, installed, sync_pair
-from tests.helpers import NODES, Cluster, Node, Pair, dsn_variable, write_config
+from tests.helpers import NODES, Cluster, Node, Pair, dsn_variable, eventually, write_config
 from tests.networks import SERVER_ADDRESS, Loses, Namespaces, Proxy, two_namespaces
 from tests.program import line_with
 
@@ -42,15 +42,6 @@ WAITING_FOR_A_LOCK = """
 select count(*) from pg_stat_activity
 where application_name like 'sync-pipeline %' and datname = current_database() and wait_event_type = 'Lock'
 """
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Look again and again; fail when it does not come true."""
-    for _ in range(WAIT_SECONDS * 20):
-        if condition():
-            return
-        threading.Event().wait(0.05)
-    raise AssertionError(f"never came true: {what}")
 
 
 # --- an ambiguous commit ---
@@ -219,12 +210,12 @@ def test_a_consumer_that_vanished_without_a_word_is_replaced_and_notices_it_itse
     work(pair, 10)
     with streaming_from_afar(pair, spaces, program) as process:
         line_with(process, "leading")
-        wait_until(lambda: not (pair.crm.pending() or pair.billing.pending()), "the first sync")
+        eventually("the first sync", lambda: not (pair.crm.pending() or pair.billing.pending()))
         with pair.billing.connect(autocommit=False) as application:
             if moment == "in a batch":
                 application.execute("lock table users in exclusive mode")
                 pair.crm.execute("update users set age = 1 where id = 15")
-                wait_until(lambda: pair.billing.value(WAITING_FOR_A_LOCK), "the batch waits")
+                eventually("the batch waits", lambda: pair.billing.value(WAITING_FOR_A_LOCK))
             spaces.lose_each_other()
         go_on(pair, 10)
         stop, leading = threading.Event(), threading.Event()
@@ -236,7 +227,7 @@ def test_a_consumer_that_vanished_without_a_word_is_replaced_and_notices_it_itse
                 line_with(process, "interrupted")
                 spaces.find_each_other()
                 line_with(process, "standing by")
-                wait_until(lambda: not (pair.crm.pending() or pair.billing.pending()), "the sync")
+                eventually("the sync", lambda: not (pair.crm.pending() or pair.billing.pending()))
             finally:
                 stop.set()
                 other.result(WAIT_SECONDS)

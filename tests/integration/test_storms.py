@@ -1,7 +1,7 @@
 """Bulk work, old snapshots, records that nobody takes, and tables that are away for a while."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -12,21 +12,12 @@ from sync_pipeline import passes, stream
 from sync_pipeline.config import Config
 from sync_pipeline.link import WORTHWHILE_ROWS, Link, lead
 from tests.engine import config_of, equal, installed, sync_pair
-from tests.helpers import Node, Pair, write_config
+from tests.helpers import Node, Pair, eventually, write_config
 
 WAIT_SECONDS = 60
 ROUNDS = 10
 short = pytest.param(100_000, id="short")
 long = pytest.param(1_000_000, id="long", marks=[pytest.mark.soak, pytest.mark.timeout(1800)])
-
-
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    """Look again and again; fail when it does not come true."""
-    for _ in range(WAIT_SECONDS * 20):
-        if condition():
-            return
-        threading.Event().wait(0.05)
-    raise AssertionError(f"never came true: {what}")
 
 
 @contextmanager
@@ -91,7 +82,7 @@ def test_events_pass_at_the_same_cost_while_an_old_snapshot_keeps_all_that_are_d
             before = blocks_of_events(pair.crm, link)
             while passes.run(link):
                 pass
-            wait_until(partial(floor_follows, pair.crm, link, each), "the floor follows")
+            eventually("the floor follows", partial(floor_follows, pair.crm, link, each))
             costs.append(blocks_of_events(pair.crm, link) - before)
     assert equal(pair, ("accounts",))
     # Ten times as many dead events lie there at the end as at the beginning.
@@ -130,7 +121,7 @@ def test_a_bulk_storm(pair: Pair, rows: int) -> None:
             assert interrupted.wait(WAIT_SECONDS)
             reader.rollback()
             altered.result(WAIT_SECONDS)
-        wait_until(lambda: not (pair.crm.pending() or pair.billing.pending()), "the storm is over")
+        eventually("the storm is over", lambda: not (pair.crm.pending() or pair.billing.pending()))
     assert equal(pair)
     for node in pair.nodes:
         assert node.rows("select * from sync.sync_failures") == []
@@ -164,7 +155,7 @@ def test_a_poison_record_and_a_table_that_is_away_for_a_while(pair: Pair) -> Non
         pair.crm.execute("update accounts set plan = 'during the storm'")
         assert interrupted.wait(WAIT_SECONDS)
         # The other tables go on without it.
-        wait_until(lambda: pair.billing.value(applied) == 3, "what has its table is applied")
+        eventually("what has its table is applied", lambda: pair.billing.value(applied) == 3)
         assert pair.crm.rows(attempts) == [("users", "1", "retrying", 1)]
         pair.billing.execute("alter table users_elsewhere rename to users")
         pair.crm.execute("update users set name = 'cured' where id = 1")
