@@ -158,7 +158,9 @@ class Cluster:
     def clone(self) -> str:
         """Create a database with the tables of SCHEMA, all empty, and return its name."""
         name = f"test_{next(self._numbers)}"
-        self._admin.execute(f"create database {name} template {TEMPLATE}".encode())
+        # Less than half the time of writing each page to the WAL, and all that older versions can do.
+        strategy = "strategy file_copy" if self.server.version >= 15 else ""
+        self._admin.execute(f"create database {name} template {TEMPLATE} {strategy}".encode())
         return name
 
     def drop(self, name: str) -> None:
