@@ -18,7 +18,7 @@ from sync_pipeline.defs import (
     streaming,
     watching,
 )
-from sync_pipeline.defs.names import Names
+from sync_pipeline.defs.names import LINK_TAG, Names
 
 WEBHOOK_VARIABLE = "SYNC_ALERT_WEBHOOK"
 
@@ -46,7 +46,7 @@ def build_sync_definitions(
         tags={
             **names.tags,
             # One at a time in the queue; beside other consumers the lock decides.
-            "sync/exclusive": names.of("sync_job"),
+            "sync/exclusive": names.tags[LINK_TAG],
             # Whoever turns run retries on: only a whole pass can be retried.
             "dagster/retry_strategy": "ALL_STEPS",
         },

@@ -24,8 +24,11 @@ class Names:
 
     @property
     def tags(self) -> dict[str, str]:
-        """The tags of every run of this link."""
-        return {LINK_TAG: self.link or "-".join(node.name for node in self.config.nodes)}
+        """The tags of every run of this link, which no other link of the instance has, whatever code location has it."""
+        nodes = "-".join(node.name for node in self.config.nodes)
+        schema = self.config.schema_name
+        # Links that share their databases have a schema each.
+        return {LINK_TAG: self.link or (nodes if schema == "sync" else f"{nodes}/{schema}")}
 
     @property
     def directions(self) -> dict[str, tuple[str, str]]:

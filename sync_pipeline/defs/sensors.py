@@ -47,8 +47,8 @@ def sync_sensor(names: Names, job: dg.JobDefinition) -> dg.SensorDefinition:
         where = " and ".join(seen.waiting)
         if seen.leader is not None:
             return dg.SkipReason(f"changes wait on {where}; {seen.leader}")
-        _end_ghosts(context.instance, job.name)
-        for run, seconds in _in_progress(context.instance, job.name):
+        _end_ghosts(context.instance, names, job.name)
+        for run, seconds in _in_progress(context.instance, names, job.name):
             if seconds is None or seconds < START_SECONDS:
                 return dg.SkipReason(
                     f"changes wait on {where}; run {run.run_id[:8]} was asked for and is about to lead"
@@ -82,7 +82,7 @@ def stream_sensor(
         except SyncPipelineError as error:
             return dg.SkipReason(str(error))
         within_budget = 0
-        for run, seconds in _in_progress(context.instance, job.name):
+        for run, seconds in _in_progress(context.instance, names, job.name):
             name = f"run {run.run_id[:8]}"
             if seconds is None or seconds < start_seconds:
                 return dg.SkipReason(f"{name} was asked for and leads or stands by")
@@ -99,13 +99,13 @@ def stream_sensor(
     return stream
 
 
-def _end_ghosts(instance: dg.DagsterInstance, job_name: str) -> None:
+def _end_ghosts(instance: dg.DagsterInstance, names: Names, job_name: str) -> None:
     """Mark runs as failed whose process is gone; only for while nobody leads, since a run that works on a pass leads.
 
     The code server notices when a run that it started dies. Where both are gone, as after a restart of their machine,
     nobody does, and the run would keep its place in the queue from all that come after it.
     """
-    for run, seconds in _in_progress(instance, job_name):
+    for run, seconds in _in_progress(instance, names, job_name):
         if run.status is not dg.DagsterRunStatus.STARTED or seconds is None:
             continue
         # One that has just led and is about to end has said so a moment ago.
@@ -116,14 +116,17 @@ def _end_ghosts(instance: dg.DagsterInstance, job_name: str) -> None:
 
 
 def _in_progress(
-    instance: dg.DagsterInstance, job_name: str
+    instance: dg.DagsterInstance, names: Names, job_name: str
 ) -> Iterator[tuple[dg.DagsterRun, float | None]]:
     """Yield the unfinished runs of a job, the newest first, with the seconds since their start; None: not started.
 
+    Another code location may have a job of the same name, for another link: the tags tell them apart.
     A run that says it is running may be dead, so what its age means is the caller's to judge.
     """
     now = time.time()
-    filters = dg.RunsFilter(job_name=job_name, statuses=[*NOT_STARTED, *UNDER_WAY])
+    filters = dg.RunsFilter(
+        job_name=job_name, tags=names.tags, statuses=[*NOT_STARTED, *UNDER_WAY]
+    )
     for record in instance.get_run_records(filters, limit=10):
         run = record.dagster_run
         started = record.start_time or record.create_timestamp.timestamp()

@@ -153,4 +153,5 @@ def start_stream(pair: Pair, instance: dg.DagsterInstance, *, seconds: float | N
         job,
         run_config={"ops": {"stream_changes": {"config": config}}},
         status=dg.DagsterRunStatus.STARTED,
+        tags=job.tags,
     )

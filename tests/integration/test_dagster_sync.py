@@ -12,7 +12,7 @@ from sync_pipeline import link as links
 from tests import dagster_runs
 from tests.dagster_runs import failure_of, metadata, run, tick
 from tests.engine import config_of, equal
-from tests.helpers import Node, Pair
+from tests.helpers import Node, Pair, write_config
 
 
 def sync_job() -> dg.JobDefinition:
@@ -62,7 +62,7 @@ def test_a_run_tells_what_it_did_to_each_table_and_no_row_of_it(
     assert first["lag_seconds_before"] > first["lag_seconds_after"] == 0
     assert tags(instance, result) == {
         "sync/link": "crm-billing",
-        "sync/exclusive": "sync_job",
+        "sync/exclusive": "crm-billing",
         "sync/result": "3 upserted",
     }
     assert not any("secret" in str(entry) for entry in instance.all_logs(result.run_id))
@@ -193,7 +193,7 @@ def test_the_sensor_never_asks_twice_for_the_same_work(
 ) -> None:
     add_family(link.crm)
     job = dagster_runs.definitions(link).resolve_job_def("sync_job")
-    queued = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTING)
+    queued = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTING, tags=job.tags)
     asked = tick(link, instance)
     assert asked.requests == []
     assert f"run {queued.run_id[:8]} was asked for" in asked.skipped
@@ -204,8 +204,10 @@ def test_the_sensor_ends_a_run_whose_process_is_gone_so_that_others_get_its_plac
 ) -> None:
     add_family(link.crm)
     job = dagster_runs.definitions(link).resolve_job_def("sync_job")
-    ghost = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
-    behind = instance.create_run_for_job(job, status=dg.DagsterRunStatus.NOT_STARTED)
+    ghost, behind = (
+        instance.create_run_for_job(job, status=status, tags=job.tags)
+        for status in (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.NOT_STARTED)
+    )
 
     def statuses() -> list[str]:
         runs = [instance.get_run_by_id(run.run_id) for run in (ghost, behind)]
@@ -226,7 +228,7 @@ def test_the_sensor_leaves_a_run_alone_that_said_something_a_moment_ago(
 ) -> None:
     add_family(link.crm)
     job = dagster_runs.definitions(link).resolve_job_def("sync_job")
-    run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED)
+    run = instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags=job.tags)
     now = time.time()
     with monkeypatch.context() as later:
         later.setattr(time, "time", lambda: now + 69)
@@ -236,6 +238,27 @@ def test_the_sensor_leaves_a_run_alone_that_said_something_a_moment_ago(
     stored = instance.get_run_by_id(run.run_id)
     assert stored is not None
     assert stored.status is dg.DagsterRunStatus.STARTED
+
+
+def test_the_sensor_leaves_runs_of_another_link_alone_whose_job_has_the_same_name(
+    link: Pair, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_config(link.config_path.with_name("other.yaml"), ["users"], schema="sync_users")
+    definitions = dagster_runs.definitions(Pair(link.crm, link.billing, other))
+    foreign = definitions.resolve_job_def("sync_job")
+    runs = [
+        instance.create_run_for_job(foreign, status=status, tags=foreign.tags)
+        for status in (dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.NOT_STARTED)
+    ]
+    add_family(link.crm)
+    dagster_runs.pass_time(monkeypatch, 70)
+    # They are of a second code server: this link waits for none of them, and calls none dead.
+    assert len(tick(link, instance).requests) == 1
+    stored = instance.get_run_by_id(runs[0].run_id)
+    assert stored is not None
+    assert stored.status is dg.DagsterRunStatus.STARTED
+    mine = dagster_runs.definitions(link).resolve_job_def("sync_job")
+    assert mine.tags["sync/exclusive"] != runs[0].tags["sync/exclusive"]
 
 
 @pytest.mark.dagster
