@@ -88,7 +88,10 @@ def _remove_runs(
     instance: dg.DagsterInstance, filters: dg.RunsFilter, limit: int, enough: Callable[[], bool]
 ) -> int:
     removed = 0
-    for record in instance.get_run_records(filters, limit=max(limit, 0), ascending=True):
+    if limit < 1:
+        # Dagster takes a limit of 0 for none.
+        return removed
+    for record in instance.get_run_records(filters, limit=limit, ascending=True):
         if enough():
             break
         _remove_run(instance, record.dagster_run.run_id)

@@ -238,6 +238,19 @@ def test_maintenance_removes_old_runs_of_this_link_with_all_that_belongs_to_them
         assert not list(Path(instance.root_directory).rglob(f"*{runs[0].run_id}*"))
 
 
+def test_maintenance_stops_at_its_limit_before_it_comes_to_failed_runs(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    job = dagster_runs.definitions(link).resolve_job_def("sync_job")
+    for status in (dg.DagsterRunStatus.SUCCESS, *[dg.DagsterRunStatus.FAILURE] * 3):
+        instance.create_run_for_job(job, status=status, tags=job.tags)
+    limits = {"keep_days": 0, "keep_failed_days": 0, "limit": 1}
+    config = {"ops": {"prune": {"config": limits}}}
+    done = run(link, instance, "maintenance_job", config=config)
+    assert metadata(done, "prune")["runs"] == 1
+    assert len(instance.get_run_records(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE]))) == 3
+
+
 def test_maintenance_keeps_what_is_young_and_removes_old_conflicts(
     link: Pair, instance: dg.DagsterInstance
 ) -> None:
