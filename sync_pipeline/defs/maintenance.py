@@ -2,15 +2,18 @@
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import dagster as dg
 import sqlalchemy as sa
-from dagster._core.storage.event_log.schema import SqlEventLogStorageTable
+from dagster._core.storage.event_log.schema import (
+    AssetCheckExecutionsTable,
+    SqlEventLogStorageTable,
+)
 from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
 from pydantic import Field
@@ -25,6 +28,10 @@ FINISHED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.CANCELED]
 FAILED = [dg.DagsterRunStatus.FAILURE]
 # What sensors report belongs to no run: Dagster stores it under the empty run id.
 NO_RUN = ""
+# How many values one statement takes; SQLite sets the limit.
+PARAMETERS = 500
+
+T = TypeVar("T")
 
 
 class MaintenanceConfig(dg.Config):
@@ -57,7 +64,9 @@ def prune(context: dg.OpExecutionContext, config: MaintenanceConfig) -> None:
         removed += _remove_runs(
             instance, filters, config.limit - removed, lambda: time.monotonic() > deadline
         )
-    reports = _remove_reports(instance, now - timedelta(days=config.keep_days), config.limit)
+    reports = _remove_reports(
+        instance, session.names, now - timedelta(days=config.keep_days), config.limit
+    )
     try:
         old_conflicts = _remove_conflicts(session)
     except SyncPipelineError as error:
@@ -111,27 +120,72 @@ def _remove_run(instance: dg.DagsterInstance, run_id: str) -> None:
         shutil.rmtree(Path(instance.storage_directory()) / run_id)
 
 
-def _remove_reports(instance: dg.DagsterInstance, before: datetime, limit: int) -> int:
-    """Remove what sensors reported long ago; Dagster itself offers no way to."""
+def _remove_reports(
+    instance: dg.DagsterInstance, names: Names, before: datetime, limit: int
+) -> int:
+    """Remove what was reported of this link's tables long ago; Dagster itself offers no way to.
+
+    Others report of other assets, and may need it for ever. The latest result of each check stays, so that its page
+    goes on showing it.
+    """
     storage = instance.event_log_storage
     if not isinstance(storage, SqlEventLogStorage):
         return 0
-    events = SqlEventLogStorageTable
-    old = (
-        sa.select(events.c.id)
-        .where(events.c.run_id == NO_RUN, events.c.timestamp < before.replace(tzinfo=None))
-        .order_by(events.c.id)
+    events, results = SqlEventLogStorageTable.c, AssetCheckExecutionsTable.c
+    keys = [key.to_string() for key in names.assets()]
+    moment = before.replace(tzinfo=None)
+    of_assets = (
+        sa.select(events.id)
+        .where(events.run_id == NO_RUN, events.asset_key.in_(keys), events.timestamp < moment)
+        .order_by(events.id)
         .limit(limit)
-        .scalar_subquery()
     )
-    removed = 0
+    latest = (
+        sa.select(sa.func.max(results.id))
+        .where(results.asset_key.in_(keys))
+        .group_by(results.asset_key, results.check_name)
+    )
+    # Dagster keeps results of checks a second time, in a table of their own, and those of removed runs, too.
+    of_checks = (
+        sa.select(results.id, results.evaluation_event_storage_id, results.evaluation_event)
+        .where(
+            results.asset_key.in_(keys),
+            results.evaluation_event_timestamp < moment,
+            results.id.not_in(latest),
+        )
+        .order_by(results.id)
+        .limit(limit)
+    )
     with storage.index_connection() as connection:
-        removed = connection.execute(events.delete().where(events.c.id.in_(old))).rowcount
+        removed = connection.execute(_delete_events(of_assets)).rowcount
+        old = connection.execute(of_checks).fetchall()
+        for some in _chunks(old):
+            ids, event_ids, _ = zip(*some, strict=True)
+            connection.execute(AssetCheckExecutionsTable.delete().where(results.id.in_(ids)))
+            connection.execute(_delete_events(event_ids))
     if isinstance(storage, SqliteEventLogStorage):
-        # Reports are there a second time, in the file of the run that has no name.
+        # Reports are there a second time, under other ids, in the file of the run that has no name.
         with storage.run_connection(NO_RUN) as connection:
-            connection.execute(events.delete().where(events.c.id.in_(old)))
-    return removed
+            connection.execute(_delete_events(of_assets))
+            for some in _chunks(old):
+                texts = [text for *_, text in some]
+                connection.execute(
+                    SqlEventLogStorageTable.delete().where(
+                        events.run_id == NO_RUN, events.event.in_(texts)
+                    )
+                )
+    return removed + len(old)
+
+
+def _delete_events(ids: Any) -> sa.Delete:
+    # Those of a run are deleted with it.
+    events = SqlEventLogStorageTable
+    return events.delete().where(events.c.id.in_(ids), events.c.run_id == NO_RUN)
+
+
+def _chunks(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(rows), PARAMETERS):
+        yield rows[start : start + PARAMETERS]
 
 
 def _remove_conflicts(session: Session) -> int:

@@ -51,6 +51,12 @@ class Names:
         for table in self.config.tables:
             yield table.name, self.link_asset(table.name)
 
+    def assets(self) -> Iterator[dg.AssetKey]:
+        """All assets of the link: every table on each node, and over both."""
+        for table, key in self.link_assets():
+            yield from (self.node_asset(node.name, table) for node in self.config.nodes)
+            yield key
+
     @property
     def _prefix(self) -> tuple[str, ...]:
         return (self.link,) if self.link else ()

@@ -200,9 +200,10 @@ def test_jobs_run_and_are_pruned_on_postgres_storage(
             assert done.success
             assert instance.all_logs(done.run_id)
             told = metadata(run(link, instance, "maintenance_job", config=PRUNE_ALL), "prune")
-            assert told == {"runs": 1, "sensor_reports": 15, "conflicts": 0}
+            # The latest results of the checks stay: two of each table.
+            assert told == {"runs": 1, "sensor_reports": 9, "conflicts": 0}
             assert not instance.all_logs(done.run_id)
-            assert reports(instance) == 0
+            assert reports(instance) == 6
     finally:
         billing_server.drop(database)
 
@@ -249,6 +250,41 @@ def test_maintenance_stops_at_its_limit_before_it_comes_to_failed_runs(
     done = run(link, instance, "maintenance_job", config=config)
     assert metadata(done, "prune")["runs"] == 1
     assert len(instance.get_run_records(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE]))) == 3
+
+
+def test_maintenance_leaves_alone_what_others_report_of_their_assets(link: Pair) -> None:
+    with dg.instance_for_test() as instance:
+        theirs = dg.AssetKey(["lake", "users"])
+        for event in (
+            dg.AssetMaterialization(theirs, partition="2026-01-01"),
+            dg.AssetObservation(theirs),
+            dg.AssetCheckEvaluation(asset_key=theirs, check_name="rows", passed=True),
+            dg.AssetCheckEvaluation(asset_key=theirs, check_name="rows", passed=False),
+            *tick(link, instance, "watch_sensor").asset_events,
+        ):
+            instance.report_runless_asset_event(event)
+        run(link, instance, "maintenance_job", config=PRUNE_ALL)
+        # Theirs, and the latest results of our checks.
+        assert reports(instance) == 4 + 6
+        assert instance.get_materialized_partitions(theirs) == {"2026-01-01"}
+        check = dg.AssetCheckKey(theirs, "rows")
+        history = instance.event_log_storage.get_asset_check_execution_history(check, limit=5)
+        assert len(history) == 2
+
+
+def test_maintenance_keeps_the_latest_result_of_a_check_and_removes_those_before(
+    link: Pair,
+) -> None:
+    with dg.instance_for_test() as instance:
+        for _ in range(3):
+            for event in tick(link, instance, "watch_sensor").asset_events:
+                instance.report_runless_asset_event(event)
+            assert run(link, instance, "verify_job").success
+        run(link, instance, "maintenance_job", config=PRUNE_ALL)
+        for name in ("lag", "verify"):
+            check = dg.AssetCheckKey(dg.AssetKey(["sync", "users"]), name)
+            history = instance.event_log_storage.get_asset_check_execution_history(check, limit=5)
+            assert [result.status.value for result in history] == ["SUCCEEDED"], name
 
 
 def test_maintenance_keeps_what_is_young_and_removes_old_conflicts(
