@@ -8,8 +8,7 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
-from sync_pipeline.defs.checks import Statuses
-from sync_pipeline.defs.glance import table_statuses
+from sync_pipeline.defs.glance import node_statuses
 from sync_pipeline.defs.names import LINK_TAG, Names
 from sync_pipeline.errors import SyncPipelineError
 
@@ -74,7 +73,7 @@ def alert_sensor(
     )
     def alert(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         known = _Cursor.parse(context.cursor)
-        found = dict(_problems(names, lag_seconds))
+        found = dict(_problems(names, lag_seconds, known.open))
         news = [Alert(link, *item) for item in found.items() if item[0] not in known.open]
         news += [
             Alert(link, subject, text, resolved=True)
@@ -117,24 +116,31 @@ class _Cursor:
         return json.dumps(asdict(self))
 
 
-def _problems(names: Names, lag_seconds: float) -> Iterator[tuple[str, str]]:
-    try:
-        statuses = table_statuses(names.config)
-    except SyncPipelineError as error:
-        yield f"node {error.node}", str(error)
-        return
-    yield from _lags(statuses, lag_seconds)
-    for node, tables in statuses.items():
-        for table, status in tables.items():
+def _problems(names: Names, lag_seconds: float, known: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield subject and text of what is wrong now; of a node that cannot be asked, what was known of it, too."""
+    for node in names.config.nodes:
+        try:
+            statuses = node_statuses(names.config, node)
+        except SyncPipelineError as error:
+            yield f"node {node.name}", str(error)
+            yield from (item for item in known.items() if item[0].endswith(_on(node.name)))
+            continue
+        if max(status.oldest_seconds for status in statuses.values()) > lag_seconds:
+            yield (
+                f"lag{_on(node.name)}",
+                f"changes on {node.name} wait for more than {lag_seconds:g} seconds",
+            )
+        for table, status in statuses.items():
             if status.dead:
-                yield f"dead letters of {table} on {node}", f"{table} on {node} has dead letters"
+                yield (
+                    f"dead letters of {table}{_on(node.name)}",
+                    f"{table} on {node.name} has dead letters",
+                )
 
 
-def _lags(statuses: Statuses, lag_seconds: float) -> Iterator[tuple[str, str]]:
-    for node, tables in statuses.items():
-        oldest = max(status.oldest_seconds for status in tables.values())
-        if oldest > lag_seconds:
-            yield f"lag on {node}", f"changes on {node} wait for more than {lag_seconds:g} seconds"
+def _on(node: str) -> str:
+    """How the subject of every problem of a node ends that is found by asking it."""
+    return f" on {node}"
 
 
 def _failed_runs(

@@ -59,19 +59,22 @@ def leading(config: Config) -> str | None:
 
 
 def table_statuses(config: Config) -> dict[str, dict[str, TableStatus]]:
-    """Return the status of every synced table by node, then table. Raises `ConnectionFailed`, `NotInstalled`."""
-    statuses = {}
-    for node in config.nodes:
-        with (
-            _asking(node, config) as connection,
-            connection.cursor(row_factory=class_row(TableStatus)) as cursor,
-        ):
-            rows = cursor.execute(query(get("read_table_status", config.schema_name)))
-            found = {row.table_name: row for row in rows}
-        statuses[node.name] = {
-            table.name: found.get(table.name, TableStatus(table.name)) for table in config.tables
-        }
-    return statuses
+    """Return the status of tables by node, as `node_statuses` does. Raises `ConnectionFailed`, `NotInstalled`."""
+    return {node.name: node_statuses(config, node) for node in config.nodes}
+
+
+def node_statuses(config: Config, node: NodeConfig) -> dict[str, TableStatus]:
+    """Return the status of every synced table on a node, and of others that anything is noted of.
+
+    Raises `ConnectionFailed`, `NotInstalled`.
+    """
+    with (
+        _asking(node, config) as connection,
+        connection.cursor(row_factory=class_row(TableStatus)) as cursor,
+    ):
+        rows = cursor.execute(query(get("read_table_status", config.schema_name)))
+        found = {row.table_name: row for row in rows}
+    return {table.name: TableStatus(table.name) for table in config.tables} | found
 
 
 def _leader(connection: Connection, config: Config, node: NodeConfig) -> str | None:

@@ -241,6 +241,46 @@ def test_a_node_that_cannot_be_reached_is_an_alert(
     assert "hunter2" not in told[0]
 
 
+def test_what_was_wrong_on_a_node_has_not_ended_because_the_node_cannot_be_asked(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    told: list[str] = []
+    channels = [lambda alert: told.append(str(alert))]
+    link.billing.execute(
+        "insert into sync.sync_failures (table_name, record_id, state, error_class, error)"
+        " values ('users', '7', 'dead', '23514', 'no')"
+    )
+    first = tick(link, instance, "alert_sensor", channels=channels)
+    written = link.config_path.read_text()
+    link.config_path.write_text(written.replace("${BILLING_DSN}", "host=127.0.0.1 port=1"))
+    link.crm.execute("update users set name = 'new' where id = 1")
+    link.crm.execute("update sync.sync_events set created_at = now() - interval '1 hour'")
+    down = tick(link, instance, "alert_sensor", cursor=first.cursor, channels=channels)
+    link.config_path.write_text(written)
+    link.billing.execute("delete from sync.sync_failures")
+    tick(link, instance, "alert_sensor", cursor=down.cursor, channels=channels)
+    assert told[0] == "crm-billing: users on billing has dead letters"
+    # The other node is asked meanwhile.
+    assert told[1] == "crm-billing: changes on crm wait for more than 300 seconds"
+    assert told[2].startswith("crm-billing: billing: cannot connect")
+    assert told[3] == "crm-billing: resolved: users on billing has dead letters"
+    assert told[4].startswith("crm-billing: resolved: billing: cannot connect")
+    assert len(told) == 5
+
+
+def test_a_dead_letter_of_a_table_that_is_not_synced_is_an_alert(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    told: list[str] = []
+    # By hand, with a typing error.
+    link.crm.execute(
+        "insert into sync.sync_events (table_name, record_id, event_type) values ('user', '1', 'update')"
+    )
+    sync_pair(link)
+    tick(link, instance, "alert_sensor", channels=[lambda alert: told.append(str(alert))])
+    assert told == ["crm-billing: user on crm has dead letters"]
+
+
 def test_alerts_go_to_the_log_and_to_the_webhook_of_the_environment(
     link: Pair,
     instance: dg.DagsterInstance,
