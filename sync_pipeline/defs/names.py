@@ -24,7 +24,7 @@ class Names:
 
     @property
     def tags(self) -> dict[str, str]:
-        """The tags of every run of this link, which no other link of the instance has, whatever code location has it."""
+        """The tags of every run of this link, which tell it from links of other code locations."""
         nodes = "-".join(node.name for node in self.config.nodes)
         schema = self.config.schema_name
         # Links that share their databases have a schema each.

@@ -124,9 +124,7 @@ def _in_progress(
     A run that says it is running may be dead, so what its age means is the caller's to judge.
     """
     now = time.time()
-    filters = dg.RunsFilter(
-        job_name=job_name, tags=names.tags, statuses=[*NOT_STARTED, *UNDER_WAY]
-    )
+    filters = dg.RunsFilter(job_name=job_name, tags=names.tags, statuses=[*NOT_STARTED, *UNDER_WAY])
     for record in instance.get_run_records(filters, limit=10):
         run = record.dagster_run
         started = record.start_time or record.create_timestamp.timestamp()
