@@ -263,8 +263,8 @@ def test_what_was_wrong_on_a_node_has_not_ended_because_the_node_cannot_be_asked
     # The other node is asked meanwhile.
     assert told[1] == "crm-billing: changes on crm wait for more than 300 seconds"
     assert told[2].startswith("crm-billing: billing: cannot connect")
-    assert told[3] == "crm-billing: resolved: users on billing has dead letters"
-    assert told[4].startswith("crm-billing: resolved: billing: cannot connect")
+    assert told[3].startswith("crm-billing: resolved: billing: cannot connect")
+    assert told[4] == "crm-billing: resolved: users on billing has dead letters"
     assert len(told) == 5
 
 
