@@ -18,6 +18,7 @@ import psycopg
 from sync_pipeline import isolation, parking
 from sync_pipeline.applier import Applier
 from sync_pipeline.database import error_class
+from sync_pipeline.records import ForeignKey
 from sync_pipeline.snapshot import Part, Snapshot
 
 PATIENT_LEVELS = 8
@@ -45,6 +46,8 @@ class Companions:
         self._next_number = self.last_number + 1
         # Up to which event and which failure of a table has been reached for more to bring along.
         self._reached: dict[str, tuple[int, str]] = {}
+        # The values of parents that were asked for: one that did not help does not when it comes again.
+        self._asked: set[tuple[ForeignKey, tuple[str, ...]]] = set()
 
     def bring_parents(self) -> bool:
         """Stage parents that staged rows refer to and the target lacks; true if any came."""
@@ -65,13 +68,15 @@ class Companions:
             for key in applier.catalog.relation(applier.node, table).foreign_keys:
                 if key.parent not in self.sent:
                     continue
-                values = applier.connection.execute(
+                missing = applier.connection.execute(
                     statements.missing_parents(
                         applier.statements(key.parent),
                         key,
                         parent_is_staged=key.parent in applier.staged,
                     )
                 ).fetchall()
+                values = [value for value in missing if (key, value) not in self._asked]
+                self._asked.update((key, value) for value in values)
                 if values and self._stage(
                     self.snapshot.rows_of(key.parent, key.parent_fields, values, self._next_number)
                 ):
@@ -143,6 +148,7 @@ class Companions:
                 self.applier.connection.execute(statement, {"first": first})
 
     def _stage(self, part: Part) -> bool:
+        """Stage a part; true if a record of it can be read here."""
         self.stack.callback(part.close)
         if part.count == 0:
             return False
@@ -154,9 +160,9 @@ class Companions:
                 raise
             # A value of them cannot be read here: that is told in the batch of its own record.
             return False
-        isolation.leave_out_unreadable(self.applier, self.schema, part)
+        left_out = isolation.leave_out_unreadable(self.applier, self.schema, part)
         self._next_number = part.last_number + 1
-        return True
+        return len(left_out) < part.count
 
 
 def _bring(level: Callable[[int], bool]) -> bool:

@@ -4,7 +4,7 @@ import tempfile
 
 import pytest
 
-from sync_pipeline import passes, snapshot
+from sync_pipeline import companions, passes, snapshot
 from sync_pipeline.errors import PassInterrupted
 from sync_pipeline.link import lead
 from tests.engine import config_of, sync_pair
@@ -216,6 +216,39 @@ def test_a_parent_that_cannot_be_read_is_not_reached_for_and_stops_nobody_else(p
     for _ in range(2):
         pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
         sync_pair(pair)
+    converge(pair, "parents", "children")
+
+
+def test_what_a_batch_needs_and_the_target_cannot_read_is_asked_for_once(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for node in pair.nodes:
+        node.execute("create type mood as enum ('sad')")
+    parents = "create table parents (id int primary key, mood mood, code text unique);"
+    children = "create table children (id int primary key, parent int not null references parents)"
+    link(pair, parents + children, "children", "parents", batch_size=4)
+    pair.crm.execute("insert into parents values (1, 'sad', 'a'), (2, 'sad', 'b')")
+    converge(pair, "parents")
+    monkeypatch.setattr(companions, "count", lambda: range(20))
+    pair.crm.execute("alter type mood add value 'happy'")
+    pair.crm.execute("insert into parents values (3, 'happy', 'c')")
+    pair.crm.execute("insert into children values (3, 3)")
+    # 1 takes what 2 had, which cannot be read in a later batch.
+    pair.crm.execute("update parents set code = 'd' where id = 1")
+    pair.crm.execute("update parents set code = code || '!', mood = 'happy' where id = 2")
+    pair.crm.execute("update parents set code = 'b' where id = 1")
+
+    sync_pair(pair)
+
+    assert texts(pair.billing, "parents") == ["(1,sad,a)", "(2,sad,b)"]
+    assert [failure[:3] for failure in failures(pair.crm)] == [
+        ("children", "3", "23503"),
+        ("parents", "1", "23505"),
+        ("parents", "2", "22P02"),
+        ("parents", "3", "22P02"),
+    ]
+    pair.billing.execute("alter type mood add value 'happy'")
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
     converge(pair, "parents", "children")
 
 
