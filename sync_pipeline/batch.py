@@ -446,7 +446,9 @@ class Batch:
         left_out: list[str] = []
         for table in dict.fromkeys(part.table for part in self.intake.parts):
             parts = self.intake.of([table])
-            retried = [record_id for part in parts for record_id in part.retried]
+            # A failure that waits stays one.
+            away = set(self._waiting.get(table, []))
+            retried = [rid for part in parts for rid in part.retried if rid not in away]
             failures = {f.record_id: f for f in self._failures if f.table_name == table}
             known = self._changes(table, list(failures)) if failures else {}
             failed = [failure for record_id, failure in failures.items() if record_id in known]

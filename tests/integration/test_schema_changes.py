@@ -200,6 +200,34 @@ def test_a_table_that_can_no_longer_be_synced_is_left_out_and_the_others_go_on(
     assert equal(pair)
 
 
+def test_a_refused_delete_that_is_retried_while_a_table_is_missing_is_not_forgotten(
+    pair: Pair,
+) -> None:
+    installed(pair)
+    pair.crm.insert("accounts", id=1, name="one")
+    sync_pair(pair)
+    pair.billing.execute(
+        """create function refuse() returns trigger language plpgsql as
+        $$ begin raise check_violation; end $$;
+        create trigger refuse before delete on accounts for each row execute function refuse()"""
+    )
+    pair.crm.execute("delete from accounts")
+    sync_pair(pair)
+    assert len(failures(pair.crm)) == 1
+    pair.billing.execute("drop trigger refuse on accounts")
+    pair.billing.insert("users", id=1, account_id=1, email="a@x.org")
+    pair.crm.execute("drop table users cascade")
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+
+    sync_pair(pair)
+
+    assert len(failures(pair.crm)) == 1
+    pair.billing.execute("delete from users")
+    sync_pair(pair)
+    assert pair.billing.rows("accounts") == []
+    assert failures(pair.crm) == []
+
+
 def test_install_and_marking_refuse_while_a_table_is_missing(pair: Pair) -> None:
     installed(pair)
     pair.crm.execute("drop table orders")
