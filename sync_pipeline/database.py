@@ -41,6 +41,8 @@ _SESSION = {
     # A policy that hides rows would look like deletes: fail instead.
     "row_security": "off",
     "jit": "off",
+    # A commit that no longer waits for its standby says so with a warning.
+    "client_min_messages": "warning",
     "client_connection_check_interval": "500",
     "idle_session_timeout": "0",
 }

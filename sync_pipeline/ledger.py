@@ -6,8 +6,11 @@ or a restore; a batch therefore matches only events that are not younger than it
 (The idea of remembering the consumed batch on the target is PgQ's and Londiste's.)
 """
 
+import psycopg
+
 from sync_pipeline import queries
 from sync_pipeline.database import Connection, query
+from sync_pipeline.errors import PassInterrupted
 
 
 def record(target: Connection, schema: str, source_node: str, ids: str, read_at: object) -> int:
@@ -51,6 +54,18 @@ def forget(target: Connection, schema: str, batch_ids: list[int]) -> None:
 def make_durable(target: Connection) -> None:
     """Return when every commit of the target up to now is on its disk, and on its synchronous standbys.
 
-    Batches are committed without that wait. Before the source forgets one, somebody waits here.
+    Batches are committed without that wait. Before the source forgets one, somebody waits here. Raises
+    `PassInterrupted` when the wait for a standby was cancelled: PostgreSQL says no more of that than a warning.
     """
-    target.execute(query(queries.get("make_durable", "")))
+    severities = []
+
+    def note(notice: psycopg.errors.Diagnostic) -> None:
+        severities.append(notice.severity_nonlocalized)
+
+    target.add_notice_handler(note)
+    try:
+        target.execute(query(queries.get("make_durable", "")))
+    finally:
+        target.remove_notice_handler(note)
+    if "WARNING" in severities:
+        raise PassInterrupted("the wait for a synchronous standby was cancelled")

@@ -4,17 +4,19 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
-from sync_pipeline import doctor, stream
+from sync_pipeline import doctor, ledger, passes, stream
 from sync_pipeline.config import load
-from sync_pipeline.errors import ConnectionFailed
+from sync_pipeline.errors import ConnectionFailed, PassInterrupted
+from sync_pipeline.link import lead
 from sync_pipeline.servers import Server
-from tests.crashing import POINTS
+from tests.crashing import POINTS, Point
 from tests.engine import accused, config_of, equal, installed, repaired, sync_pair, verified
 from tests.helpers import Node, Pair, dsn_variable, write_config
 from tests.replicas import Replica, replicable, short_directory, until
@@ -256,3 +258,31 @@ def test_a_node_is_restored_from_an_older_backup(pair: Pair, directory: Path) ->
 def _copy(source: Path, target: Path) -> None:
     """Copy a directory with its owner."""
     subprocess.run(["cp", "-a", str(source), str(target)], check=True)
+
+
+def test_a_batch_whose_wait_for_a_standby_was_cancelled_is_not_acknowledged(pair: Pair) -> None:
+    config = installed(pair)
+    add(pair.billing, 1, 2)
+
+    def standbys(names: str) -> None:
+        pair.crm.execute(f"alter system set synchronous_standby_names = '{names}'")
+        pair.crm.execute("select pg_reload_conf()")
+        until(pair.crm, "current_setting('synchronous_standby_names') = %s", names)
+
+    waiting = "from pg_stat_activity where wait_event = 'SyncRep' and application_name = %s"
+    reader = "sync-pipeline sync reader"
+    vanish = Point("before", ledger, "make_durable").struck_by(lambda: standbys("nobody"))
+    with vanish, ThreadPoolExecutor(1) as pool, lead(config) as link:
+        one = pool.submit(passes.run, link)
+        until(pair.crm, f"count(*) = 1 {waiting}", reader)
+        # As when a consumer is stopped. For PostgreSQL the commit is a success then, with a warning.
+        link.cancel()
+        until(pair.crm, f"count(*) = 0 {waiting}", reader)
+        standbys("")
+        with pytest.raises(PassInterrupted):
+            one.result()
+    assert pair.billing.pending() == 2
+
+    sync_pair(pair)
+    assert pair.billing.pending() == 0
+    assert equal(pair)
