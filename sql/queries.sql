@@ -850,6 +850,12 @@ with events as (
 delete from {schema}.sync_failures
 where table_name = %(table_name)s and record_id = %(record_id)s
 
+-- name: mark_kept
+-- Mark records that the target keeps, in the transaction of the batch that would have deleted them: news for the source.
+insert into {schema}.sync_events (table_name, record_id, event_type, caused_by)
+select %(table_name)s, record_id, 'insert', pg_catalog.pg_current_xact_id()
+from unnest(%(record_ids)s::text[]) as given (record_id)
+
 -- name: mark_records
 -- Mark records as changed, by their ids.
 insert into {schema}.sync_events (table_name, record_id, event_type)

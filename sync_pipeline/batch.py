@@ -356,8 +356,8 @@ class Batch:
         ]
         conflicts.log(applier, self._schema, table, decisions)
         self._connection.execute(
-            query(queries.get("mark_records", self._schema)),
-            {"table_name": table, "event_type": "insert", "record_ids": [rid for _, rid in kept]},
+            query(queries.get("mark_kept", self._schema)),
+            {"table_name": table, "record_ids": [rid for _, rid in kept]},
         )
         for key in applier.catalog.relation(self.target, child).foreign_keys:
             if key.parent == table:

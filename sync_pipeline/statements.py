@@ -403,8 +403,8 @@ class TableStatements:
     ) -> sql.Composed:
         """Mark the rows of `child` that refer to some staged records and stay, so that they are sent from here."""
         return sql.SQL(
-            "insert into {events} (table_name, record_id, event_type) "
-            "select {table}, {record_id}, 'insert' from {child} as c "
+            "insert into {events} (table_name, record_id, event_type, caused_by) "
+            "select {table}, {record_id}, 'insert', pg_catalog.pg_current_xact_id() from {child} as c "
             "join {target} as t on {reference} join {stage} as s on {same_key} "
             "where {among}{going}"
         ).format(

@@ -179,7 +179,7 @@ def _dirty(
         "table": sql.Literal(relation.table),
     }
     found = []
-    # What our own rows made triggers do is news for the source, not a change that it did not know.
+    # What our own rows made triggers do, and what we keep, is news for the source, not a change that it did not know.
     is_news = sql.SQL("caused_by is distinct from pg_catalog.pg_current_xact_id()")
     if events and has_one_text(relation):
         found.append(

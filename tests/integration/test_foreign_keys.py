@@ -266,6 +266,23 @@ def test_a_foreign_key_that_only_one_side_has_is_respected(pair: Pair) -> None:
     assert texts(pair.billing, "parents") == []
 
 
+def test_a_child_that_arrives_with_the_delete_of_its_parent_is_not_taken_for_the_targets_own(
+    pair: Pair,
+) -> None:
+    """Only the target forbids a child without a parent."""
+    children = "create table parents (id int primary key); create table children (id int primary key, parent int{})"
+    ddl = children.format(""), children.format(" references parents")
+    link(pair, ddl, "parents", "children")
+    pair.crm.execute("insert into parents values (1)")
+    converge(pair, "parents", "children")
+    pair.crm.execute("insert into children values (1, 1)")
+    pair.crm.execute("delete from parents")
+    converge(pair, "parents", "children")
+    assert texts(pair.billing, "children") == ["(1,1)"]
+    kinds = pair.billing.rows("select table_name, kind, winner from sync.sync_conflicts")
+    assert kinds == [("parents", "parent_deleted", "billing")]
+
+
 def test_a_reference_to_a_table_that_is_not_synced_fails_visibly_and_heals(pair: Pair) -> None:
     link(
         pair,
