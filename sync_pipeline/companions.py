@@ -39,7 +39,7 @@ class Companions:
     last_id: int
     sent: frozenset[str]
     stack: ExitStack
-    # Of partners, and of all that was reached for: if one of them is in a conflict, its table's policy decides.
+    # Of all but parents: if one of them is in a conflict, its table's policy decides.
     further_numbers: set[int] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
@@ -97,6 +97,7 @@ class Companions:
 
     def _bring_level_of_children(self, reach: int) -> bool:
         applier = self.applier
+        first = self._next_number
         came = False
         for child in applier.catalog.tables:
             for key in applier.catalog.relation(applier.node, child).foreign_keys:
@@ -113,6 +114,7 @@ class Companions:
                 if self._stage_changed(child, [record_id for (record_id,) in rows]):
                     came = True
                     self._stage_further(child, reach)
+        self.further_numbers.update(range(first, self._next_number))
         return came
 
     def _stage_changed(self, table: str, record_ids: list[str]) -> bool:

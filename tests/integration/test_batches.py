@@ -5,9 +5,11 @@ import tempfile
 import pytest
 
 from sync_pipeline import companions, passes, snapshot
+from sync_pipeline.companions import Companions
 from sync_pipeline.errors import PassInterrupted
 from sync_pipeline.link import lead
-from tests.engine import config_of, sync_pair
+from tests.crashing import Point
+from tests.engine import config_of, equal, sync_pair
 from tests.helpers import Pair
 from tests.shapes import converge, failures, link, texts
 
@@ -217,6 +219,23 @@ def test_a_parent_that_cannot_be_read_is_not_reached_for_and_stops_nobody_else(p
         pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
         sync_pair(pair)
     converge(pair, "parents", "children")
+
+
+@pytest.mark.parametrize(("winner", "stays"), [("billing", True), ("crm", False)])
+def test_the_policy_decides_about_a_child_that_changes_while_it_is_brought_along_to_be_deleted(
+    pair: Pair, winner: str, *, stays: bool
+) -> None:
+    filled(pair, batch_size=1, policy=winner)
+    pair.crm.execute("update parents set name = 'new' where id = 1")
+    pair.crm.execute("delete from children where parent = 1")
+    pair.crm.execute("delete from parents where id = 1")
+    with Point("after", Companions, "bring_children").struck_by(
+        lambda: bool(pair.billing.execute("update children set word = 'mine' where id = 1")),
+        source="crm",
+    ):
+        sync_pair(pair)
+    assert equal(pair, ("children", "parents"))
+    assert pair.billing.rows("select word from children where id = 1") == [("mine",)] * stays
 
 
 def test_what_a_batch_needs_and_the_target_cannot_read_is_asked_for_once(
