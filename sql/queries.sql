@@ -567,15 +567,26 @@ where event.id >= lower(read_ids)
     and event.created_at <= %(read_at)s::timestamptz
 
 -- name: clear_applied_failures
--- Failures of records whose events are in a batch that the target has committed. Who was held is so no longer.
-with cleared as (
-    delete from {schema}.sync_failures as failure
-    using unnest(%(ids)s::int8multirange) as read_ids
+-- Failures of records whose events are in a batch that the target has committed, and those that were retried in it. Who
+-- was held is so no longer.
+with applied as (
+    select event.table_name, event.record_id
+    from unnest(%(ids)s::int8multirange) as read_ids
     join {schema}.sync_events as event
         on event.id >= lower(read_ids) and event.id < upper(read_ids)
-    where failure.table_name = event.table_name
-        and failure.record_id = event.record_id
-        and event.created_at <= %(read_at)s::timestamptz
+    where event.created_at <= %(read_at)s::timestamptz
+    union
+    select failure.table_name, failure.record_id
+    from pg_catalog.jsonb_array_elements(%(retried)s::jsonb) as given (record)
+    join {schema}.sync_failures as failure
+        on failure.table_name = given.record ->> 0 and failure.record_id = given.record ->> 1
+    where failure.last_failed_at <= %(read_at)s::timestamptz
+),
+cleared as (
+    delete from {schema}.sync_failures as failure
+    using applied
+    where failure.table_name = applied.table_name
+        and failure.record_id = applied.record_id
     returning failure.table_name, failure.record_id
 )
 update {schema}.sync_conflicts as conflict
@@ -719,8 +730,8 @@ from {schema}.try_each(%(statement)s, %(numbers)s::bigint[], %(data_classes)s::t
 
 -- name: record_batch
 -- Write a batch into the ledger of the target, in the transaction that applies it.
-insert into {schema}.sync_applied (source, ids, read_at)
-values (%(source)s, %(ids)s::int8multirange, %(read_at)s::timestamptz)
+insert into {schema}.sync_applied (source, ids, retried, read_at)
+values (%(source)s, %(ids)s::int8multirange, %(retried)s::jsonb, %(read_at)s::timestamptz)
 returning id
 
 -- name: make_durable
@@ -729,7 +740,7 @@ select pg_catalog.pg_logical_emit_message(true, 'sync-pipeline', '')
 
 -- name: read_ledger
 -- Batches of a source that were committed here and perhaps not acknowledged there.
-select id, ids::text as ids, read_at::text as read_at
+select id, ids::text as ids, retried::text as retried, read_at::text as read_at
 from {schema}.sync_applied
 where source = %(source)s
 order by id

@@ -460,6 +460,13 @@ class Batch:
             self._schema,
             self.source,
             self._without(left_out),
+            [
+                (outcome.table, record_id)
+                for outcome in self.outcomes
+                for record_id in set(outcome.retried).difference(
+                    failure.record_id for failure in outcome.failures
+                )
+            ],
             self.snapshot.read_at,
         )
         self._count()

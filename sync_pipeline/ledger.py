@@ -6,6 +6,9 @@ or a restore; a batch therefore matches only events that are not younger than it
 (The idea of remembering the consumed batch on the target is PgQ's and Londiste's.)
 """
 
+import json
+from collections.abc import Sequence
+
 import psycopg
 
 from sync_pipeline import queries
@@ -13,11 +16,26 @@ from sync_pipeline.database import Connection, query
 from sync_pipeline.errors import PassInterrupted
 
 
-def record(target: Connection, schema: str, source_node: str, ids: str, read_at: object) -> int:
-    """Write a batch into the ledger, in the caller's transaction; return its number."""
+def record(
+    target: Connection,
+    schema: str,
+    source_node: str,
+    ids: str,
+    retried: Sequence[tuple[str, str]],
+    read_at: object,
+) -> int:
+    """Write a batch into the ledger, in the caller's transaction; return its number.
+
+    `retried` are the failures, by table and record_id, that were applied without an event.
+    """
     row = target.execute(
         query(queries.get("record_batch", schema)),
-        {"source": source_node, "ids": ids, "read_at": read_at},
+        {
+            "source": source_node,
+            "ids": ids,
+            "retried": json.dumps(retried, ensure_ascii=False),
+            "read_at": read_at,
+        },
     ).fetchone()
     if row is None:
         raise AssertionError("an insert that returns its id returned nothing")
@@ -31,11 +49,11 @@ def recover(source: Connection, target: Connection, schema: str, source_node: st
     ).fetchall()
     if rows:
         make_durable(target)
-    for _, ids, read_at in rows:
+    for _, ids, retried, read_at in rows:
         with source.transaction():
             source.execute(
                 query(queries.get("clear_applied_failures", schema)),
-                {"ids": ids, "read_at": read_at},
+                {"ids": ids, "retried": retried, "read_at": read_at},
             )
             source.execute(
                 query(queries.get("acknowledge_recovered", schema)),

@@ -64,6 +64,26 @@ def test_a_batch_committed_but_not_acknowledged_is_not_applied_twice(
         assert node.rows("accounts") == []
 
 
+def test_a_failure_retried_but_not_acknowledged_is_no_change_that_the_target_does_not_know(
+    pair: Pair,
+) -> None:
+    write_config(pair.config_path, [{"name": "accounts", "conflict": "crm"}])
+    installed(pair)
+    pair.billing.execute("alter table accounts add constraint no_x check (name <> 'x')")
+    pair.crm.insert("accounts", id=1, name="x")
+    sync_pair(pair)
+    pair.billing.execute("alter table accounts drop constraint no_x")
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    crash(pair, "after the target's commit")
+    assert len(pair.crm.rows("select from sync.sync_failures")) == 1
+    pair.billing.execute("update accounts set name = 'newer'")
+    sync_pair(pair)
+    for node in pair.nodes:
+        assert node.rows("select * from sync.sync_conflicts") == []
+        assert node.rows("select * from sync.sync_failures") == []
+        assert node.rows("select name from accounts") == [("newer",)]
+
+
 def test_a_held_record_that_became_equal_is_settled_though_nobody_acknowledged(pair: Pair) -> None:
     write_config(pair.config_path, [{"name": "accounts", "conflict": "hold"}, "users", "orders"])
     installed(pair)
