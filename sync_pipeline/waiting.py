@@ -129,7 +129,8 @@ class Waiting:
         else:
             statement = sql.SQL(
                 "drop table if exists {copy}; create temporary table {copy} as {copied}; "
-                "create index on {copy} (record_id)"
+                # Of hashes: a key can be longer than an index takes.
+                "create index on {copy} (pg_catalog.hashtextextended(record_id, 0))"
             )
             self._is_copied = True
         self.connection.execute(statement.format(copy=_COPY, copied=copied))
@@ -214,7 +215,8 @@ def _dirty(
             sql.SQL(
                 "select staged.n, staged.record_id, copied.changed_at, copied.event_type, copied.event_id, null "
                 "from staged join (select record_id, changed_at, event_type, event_id from {copy} "
-                'where record_id = any (array(select record_id collate "C" from staged where n > %(after)s)) '
+                "where pg_catalog.hashtextextended(record_id, 0) = any (array("
+                'select pg_catalog.hashtextextended(record_id collate "C", 0) from staged where n > %(after)s)) '
                 "and table_name = {table} offset 0) as copied on copied.record_id = staged.record_id "
                 "where staged.n > %(after)s and (select true from {events} where id = copied.event_id)"
             ).format(**parameters)

@@ -225,3 +225,16 @@ def test_keys_with_several_spellings_are_compared_by_their_values(pair: Pair) ->
     assert found
     assert equal(pair, ("spans",))
     assert [len(node.rows("select from sync.sync_conflicts")) for node in pair.nodes] == [0, 1]
+
+
+def test_keys_longer_than_an_index_takes_are_copied(pair: Pair) -> None:
+    link(pair, "create table blobs (k bytea primary key, word text)", "blobs", batch_size=1)
+    # Random bytes, which are not compressed.
+    key = "(select string_agg(sha256(i::text::bytea), '') from generate_series(1, 60) as i)"
+    pair.crm.execute(f"insert into blobs values ('a', 'crm'), ({key}, 'crm')")
+    pair.billing.execute(f"insert into blobs values ({key}, 'billing')")
+    with copies() as found:
+        sync_pair(pair)
+    assert found
+    assert equal(pair, ("blobs",))
+    assert len(pair.billing.rows("select from sync.sync_conflicts")) == 1
