@@ -87,7 +87,10 @@ select
         select coalesce(pg_catalog.jsonb_agg(
             pg_catalog.jsonb_build_object(
                 'name', reference.conname,
-                'parent', reference.confrelid::bigint,
+                'schema', child_namespace.nspname,
+                'table', child.relname,
+                'parent', coalesce(pg_catalog.pg_partition_root(reference.confrelid), reference.confrelid)::oid::bigint,
+                'cascades', reference.confdeltype = 'c',
                 'columns', (
                     select pg_catalog.jsonb_agg(attribute.attname order by part.position)
                     from unnest(reference.conkey) with ordinality as part (attnum, position)
@@ -100,10 +103,15 @@ select
                     join pg_catalog.pg_attribute as attribute
                         on attribute.attrelid = reference.confrelid and attribute.attnum = part.attnum
                 )
-            ) order by reference.conname
+            ) order by reference.conname, child_namespace.nspname, child.relname
         ), '[]')
-        from pg_catalog.pg_constraint as reference
-        where reference.conrelid = class.oid and reference.contype = 'f' and reference.conparentid = 0
+        from (
+            select class.oid union select relid from pg_catalog.pg_partition_tree(class.oid)
+        ) as part (oid)
+        join pg_catalog.pg_constraint as reference on reference.conrelid = part.oid
+        join pg_catalog.pg_class as child on child.oid = part.oid
+        join pg_catalog.pg_namespace as child_namespace on child_namespace.oid = child.relnamespace
+        where reference.contype = 'f' and reference.conparentid = 0
             -- From PostgreSQL 18 on a key may be there only for the planner.
             and coalesce((pg_catalog.to_jsonb(reference) ->> 'conenforced')::boolean, true)
     ) as foreign_keys,

@@ -352,14 +352,19 @@ def _link_foreign_keys(
                 parent = tables_by_oid.get(reference["parent"])
                 if parent is None:
                     continue
-                child_fields = _fields(relation, reference["columns"])
-                parent_fields = _fields(parent, reference["parent_columns"])
-                if child_fields and parent_fields:
-                    keys.append(
-                        ForeignKey(
-                            reference["name"], table.name, child_fields, parent.table, parent_fields
-                        )
-                    )
+                key = ForeignKey(
+                    name=reference["name"],
+                    table=table.name,
+                    child=(reference["schema"], reference["table"]),
+                    columns=tuple(reference["columns"]),
+                    fields=_fields(relation, reference["columns"]),
+                    parent=parent.table,
+                    parent_columns=tuple(reference["parent_columns"]),
+                    parent_fields=_fields(parent, reference["parent_columns"]),
+                )
+                # What is not carried matters only where a delete would take rows along.
+                if key.is_carried or reference["cascades"]:
+                    keys.append(key)
             by_table[table.name] = replace(relation, foreign_keys=tuple(keys))
 
 

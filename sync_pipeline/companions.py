@@ -66,7 +66,7 @@ class Companions:
         for table in list(applier.staged):
             statements = applier.statements(table)
             for key in applier.catalog.relation(applier.node, table).foreign_keys:
-                if key.parent not in self.sent:
+                if key.parent not in self.sent or not key.is_carried:
                     continue
                 missing = applier.connection.execute(
                     statements.missing_parents(

@@ -216,7 +216,11 @@ def _suspects(applier: Applier, step: Step, sqlstate: str | None) -> list[int]:
         return list(dict.fromkeys(holder.number for holder in parking.holders(applier, table)))
     if sqlstate == FOREIGN_KEY_VIOLATION:
         keys = applier.catalog.relation(applier.node, table).foreign_keys
-        orphans = [statements.orphans(applier.statements(key.parent), key) for key in keys]
+        orphans = [
+            statements.orphans(applier.statements(key.parent), key)
+            for key in keys
+            if key.is_carried
+        ]
         return list({number for each in orphans for (number,) in connection.execute(each)})
     if sqlstate in {NOT_NULL_VIOLATION, CHECK_VIOLATION}:
         carried = {column.name for column in statements.relation.columns.values()}

@@ -74,13 +74,25 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class ForeignKey:
-    """A reference from a synced table to a synced table, by field names of both."""
+    """A reference from a synced table, or a partition of it, to a synced table or a partition of it.
+
+    By the names of columns; also by those of fields, where all of them are carried.
+    """
 
     name: str
     table: str
+    # What refers: schema and name.
+    child: tuple[str, str]
+    columns: tuple[str, ...]
     fields: tuple[str, ...]
     parent: str
+    parent_columns: tuple[str, ...]
     parent_fields: tuple[str, ...]
+
+    @property
+    def is_carried(self) -> bool:
+        """True when the rows that travel say what they refer to."""
+        return bool(self.fields and self.parent_fields)
 
 
 @dataclass(frozen=True, slots=True)

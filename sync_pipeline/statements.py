@@ -327,12 +327,8 @@ class TableStatements:
         self, child: "TableStatements", key: ForeignKey, *, child_is_staged: bool
     ) -> sql.Composed:
         """Return number and id of records about to be deleted that a row of `child` still refers to."""
-        reference = sql.SQL(" and ").join(
-            sql.SQL("c.{} = t.{}").format(child.column(mine), self.column(theirs))
-            for mine, theirs in zip(key.fields, key.parent_fields, strict=True)
-        )
         going = _not_going(child) if child_is_staged else sql.SQL("")
-        return self._gone_but_referenced(child.target, reference, going)
+        return self._gone_but_referenced(sql.Identifier(*key.child), _reference(key), going)
 
     def referenced_from(
         self, child: sql.Identifier, columns: list[str], own_columns: list[str]
@@ -387,11 +383,8 @@ class TableStatements:
             stage=self.stage,
             target=self.target,
             same_key=self.same_key(),
-            child=child.target,
-            reference=sql.SQL(" and ").join(
-                sql.SQL("c.{} = t.{}").format(child.column(mine), self.column(theirs))
-                for mine, theirs in zip(key.fields, key.parent_fields, strict=True)
-            ),
+            child=sql.Identifier(*key.child),
+            reference=_reference(key),
             staged=staged,
             events=sql.Identifier(schema, "sync_events"),
             failures=sql.Identifier(schema, "sync_failures"),
@@ -416,12 +409,9 @@ class TableStatements:
                 child.relation,
                 {f: sql.SQL("c.{}").format(child.column(f)) for f in child.relation.key},
             ),
-            child=child.target,
+            child=sql.Identifier(*key.child),
             target=self.target,
-            reference=sql.SQL(" and ").join(
-                sql.SQL("c.{} = t.{}").format(child.column(mine), self.column(theirs))
-                for mine, theirs in zip(key.fields, key.parent_fields, strict=True)
-            ),
+            reference=_reference(key),
             stage=self.stage,
             same_key=self.same_key(),
         )
@@ -598,4 +588,12 @@ def _not_going(child: TableStatements) -> sql.Composed:
             sql.SQL("c.{} = {}").format(child.column(field), child.staged(field, "g"))
             for field in child.relation.key
         ),
+    )
+
+
+def _reference(key: ForeignKey) -> sql.Composed:
+    """True when the child `c` refers to the parent `t`."""
+    return sql.SQL(" and ").join(
+        sql.SQL("c.{} = t.{}").format(sql.Identifier(mine), sql.Identifier(theirs))
+        for mine, theirs in zip(key.columns, key.parent_columns, strict=True)
     )

@@ -283,6 +283,47 @@ def test_a_child_that_arrives_with_the_delete_of_its_parent_is_not_taken_for_the
     assert kinds == [("parents", "parent_deleted", "billing")]
 
 
+@pytest.mark.parametrize(
+    ("parents", "children", "exclude"),
+    [
+        ("", " (id int primary key, team int references teams on delete cascade)", ["team"]),
+        (
+            "",
+            """ (id int primary key, team int) partition by range (id);
+            create table low partition of people for values from (0) to (10);
+            alter table low add foreign key (team) references teams on delete cascade""",
+            [],
+        ),
+        (
+            " partition by range (id); create table few partition of teams for values from (0) to (10)",
+            " (id int primary key, team int references few on delete cascade)",
+            [],
+        ),
+    ],
+    ids=["an excluded column", "of a partition", "to a partition"],
+)
+def test_no_delete_takes_along_what_refers_by(
+    pair: Pair, parents: str, children: str, exclude: list[str]
+) -> None:
+    link(
+        pair,
+        f"create table teams (id int primary key){parents}; create table people{children}",
+        "teams",
+        {"name": "people", "exclude": exclude},
+    )
+    pair.crm.execute("insert into teams values (1), (2)")
+    converge(pair, "teams", "people")
+    pair.billing.execute("insert into people values (1, 1)")
+    pair.crm.execute("delete from teams")
+    converge(pair, "teams")
+    assert texts(pair.crm, "teams") == ["(1)"]
+    for node in pair.nodes:
+        assert texts(node, "people", "id") == ["(1)"]
+    assert pair.billing.rows("select record_id, kind from sync.sync_conflicts") == [
+        ("1", "parent_deleted")
+    ]
+
+
 def test_a_reference_to_a_table_that_is_not_synced_fails_visibly_and_heals(pair: Pair) -> None:
     link(
         pair,
