@@ -7,7 +7,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from sync_pipeline.errors import CatalogMismatch
-from tests.engine import installed, sync_pair, totals
+from tests.engine import equal, installed, repaired, sync_pair, totals
 from tests.helpers import Pair
 from tests.shapes import converge, failures, link, marked, texts
 
@@ -332,6 +332,21 @@ def test_truncate_of_a_partition_and_of_a_partitioned_table_marks_what_they_held
     pair.crm.execute("truncate readings")
     converge(pair, "readings")
     assert texts(pair.billing, "readings") == []
+
+
+def test_a_row_that_a_truncate_took_without_seeing_it_is_found_by_verify(pair: Pair) -> None:
+    installed(pair)
+    with pair.crm.connect(autocommit=False) as old:
+        old.execute("set transaction isolation level repeatable read")
+        old.execute("select count(*) from accounts")
+        pair.crm.insert("accounts", id=1, name="new")
+        sync_pair(pair)
+        old.execute("truncate accounts cascade")
+        old.commit()
+    sync_pair(pair)
+    assert repaired(pair, "crm") == 1
+    sync_pair(pair)
+    assert equal(pair)
 
 
 def test_an_aborted_truncate_changes_nothing(pair: Pair) -> None:
