@@ -138,10 +138,15 @@ def _which(config: ReplayConfig) -> Replay:
 
 def _slices(config: Config) -> dict[str, tuple[TableConfig, int]]:
     return {
-        f"{table.name}/{number + 1:02}-of-{SLICES}": (table, number)
+        f"{_printable(table.name)}/{number + 1:02}-of-{SLICES}": (table, number)
         for table in config.tables
         for number in range(SLICES)
     }
+
+
+def _printable(name: str) -> str:
+    """Write line breaks and the like as escapes: Dagster refuses them in the name of a partition."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _first_sender(config: Config, table: TableConfig) -> str:
