@@ -12,7 +12,7 @@ from sync_pipeline import passes, queries
 from sync_pipeline.config import Config
 from sync_pipeline.database import query, scalar
 from sync_pipeline.defs.names import Names
-from sync_pipeline.errors import LockTaken, SyncPipelineError
+from sync_pipeline.errors import LockTaken, SyncPipelineError, without_passwords
 from sync_pipeline.link import Link, lead
 from sync_pipeline.passes import Pass
 from sync_pipeline.records import DirectionReport
@@ -147,8 +147,11 @@ def cancel(link: Link | None) -> None:
 
 
 def failure(error: SyncPipelineError) -> dg.Failure:
-    """Return what a red run shows: the one line of the error. Rows and keys of PostgreSQL's details stay out."""
-    return dg.Failure(description=str(error), allow_retries=False)
+    """Return what a red run shows: the one line of the error. Rows and keys of PostgreSQL's details stay out.
+
+    So do passwords: a text in a run's configuration may be `{env: NAME}`, and an error repeats what was given.
+    """
+    return dg.Failure(description=without_passwords(str(error)), allow_retries=False)
 
 
 def resource(names: Names) -> dg.ResourceDefinition:

@@ -127,6 +127,25 @@ def test_dagster_stores_neither_password_nor_row(pair: Pair, tmp_path: Path) -> 
     assert PRIVATE not in stored
 
 
+@pytest.mark.parametrize("option", ["table", "node", "keys", "condition"])
+def test_a_run_that_is_told_to_read_a_dsn_from_the_environment_shows_no_password(
+    secret: Pair, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    dsn = f"postgresql://x:{quote(PASSWORD, safe='')}@127.0.0.1:1/x"
+    monkeypatch.setenv("ANOTHER_DSN", dsn)
+    value: object = {"env": "ANOTHER_DSN"}
+    replay: dict[str, object] = {"table": "users", "node": "crm"}
+    replay |= {option: [value] if option == "keys" else value}
+    if option in {"table", "node"}:
+        replay["everything"] = True
+    with dg.DagsterInstance.ephemeral() as instance:
+        config = {"ops": {"replay_records": {"config": replay}}}
+        done = run_job(secret, instance, "replay_job", config=config)
+        said = str(instance.all_logs(done.run_id))
+    assert not done.success
+    assert leaks(said) == []
+
+
 def _command_lines() -> Iterator[Path]:
     if not Path("/proc/self/cmdline").exists():
         pytest.skip("this system shows no command lines in /proc")
