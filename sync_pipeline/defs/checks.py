@@ -132,7 +132,7 @@ def _checks(
     answer: Callable[[dg.AssetCheckExecutionContext], Iterator[dg.AssetCheckResult]],
     description: str,
 ) -> dg.AssetChecksDefinition:
-    """Return what `dg.multi_asset_check` would, for tables of any name: that makes names of them that Dagster refuses."""
+    """Return what `dg.multi_asset_check` would, for tables of any name: Dagster refuses the names it makes of some."""
     outputs = _plainly_named((spec.get_python_identifier(), spec) for spec in specs)
     keys = dict.fromkeys(spec.asset_key for spec in specs)
     inputs = _plainly_named((key.to_python_identifier(), key) for key in keys)
