@@ -3,11 +3,12 @@
 import json
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
 import dagster as dg
 
+from sync_pipeline.defs.failed import reason_of
 from sync_pipeline.defs.glance import node_statuses
 from sync_pipeline.defs.names import LINK_TAG, Names
 from sync_pipeline.errors import SyncPipelineError
@@ -81,17 +82,24 @@ def alert_sensor(
             if subject not in found
         ]
         failed = _failed_runs(context.instance, names, known.runs_until)
-        news += [
-            Alert(link, f"run {run_id}", f"run {run_id[:8]} of {job} failed{reason}")
-            for run_id, job, reason, _ in failed
-        ]
+        failing = {
+            job: reason
+            for job, reason in known.failing.items()
+            if not _has_succeeded(context.instance, names, job)
+        }
+        for run_id, job, reason, _ in failed:
+            # What a sensor or a schedule asks for fails again and again, until somebody mends it.
+            if not reason or failing.get(job) != reason:
+                said = f": {reason}" if reason else ""
+                news.append(Alert(link, f"run {run_id}", f"run {run_id[:8]} of {job} failed{said}"))
+            failing[job] = reason
         for item in news:
             for channel in channels:
                 channel(item)
         until = max([known.runs_until, *(ended for *_, ended in failed)])
         return dg.SensorResult(
-            cursor=_Cursor(found, until).text,
-            skip_reason="; ".join(map(str, news)) or _still(found),
+            cursor=_Cursor(found, until, failing).text,
+            skip_reason="; ".join(map(str, news)) or _still(found, failing),
         )
 
     return alert
@@ -99,10 +107,11 @@ def alert_sensor(
 
 @dataclass(frozen=True, slots=True)
 class _Cursor:
-    """What was told: problems that last, by subject, and until when failed runs were looked at."""
+    """What was told: problems that last, by subject, until when failed runs were looked at, and why jobs fail."""
 
     open: dict[str, str]
     runs_until: float
+    failing: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str | None) -> "_Cursor":
@@ -159,7 +168,7 @@ def _failed_runs(
         (
             record.dagster_run.run_id,
             record.dagster_run.job_name,
-            _reason(instance, record.dagster_run.run_id),
+            reason_of(instance, record.dagster_run.run_id) or "",
             record.update_timestamp.timestamp(),
         )
         for record in records
@@ -167,18 +176,20 @@ def _failed_runs(
     ]
 
 
-def _reason(instance: dg.DagsterInstance, run_id: str) -> str:
-    """Return what the failed op says; nothing for a run that ended without a word, such as a killed one."""
-    found = instance.get_records_for_run(
-        run_id, of_type=dg.DagsterEventType.STEP_FAILURE, limit=1
-    ).records
-    for record in found:
-        event = record.event_log_entry.dagster_event
-        said = event.step_failure_data.user_failure_data if event is not None else None
-        if said is not None and said.description:
-            return f": {said.description}"
-    return ""
+def _has_succeeded(instance: dg.DagsterInstance, names: Names, job: str) -> bool:
+    """True when the latest run of a job that has ended did so well."""
+    filters = dg.RunsFilter(
+        job_name=job,
+        tags=names.tags,
+        statuses=[dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE],
+    )
+    latest = instance.get_run_records(filters, limit=1)
+    return all(record.dagster_run.status is dg.DagsterRunStatus.SUCCESS for record in latest)
 
 
-def _still(problems: dict[str, str]) -> str:
-    return "; ".join(f"still: {text}" for text in problems.values()) or "all is well"
+def _still(problems: dict[str, str], failing: dict[str, str]) -> str:
+    lasting = [
+        *problems.values(),
+        *(f"runs of {job} fail{reason and ': '}{reason}" for job, reason in failing.items()),
+    ]
+    return "; ".join(f"still: {text}" for text in lasting) or "all is well"

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import dagster as dg
 
+from sync_pipeline.defs.failed import rest
 from sync_pipeline.defs.glance import leading, look
 from sync_pipeline.defs.names import Names
 from sync_pipeline.defs.streaming import budget_of
@@ -53,6 +54,8 @@ def sync_sensor(names: Names, job: dg.JobDefinition) -> dg.SensorDefinition:
                 return dg.SkipReason(
                     f"changes wait on {where}; run {run.run_id[:8]} was asked for and is about to lead"
                 )
+        if (why := rest(context.instance, names, job.name)) is not None:
+            return dg.SkipReason(f"changes wait on {where}; {why}")
         return dg.RunRequest(tags={"sync/asked_by": f"changes wait on {where}"})
 
     return sync
@@ -94,6 +97,8 @@ def stream_sensor(
             within_budget += left > 0
             if within_budget == 2:
                 return dg.SkipReason("two runs are there and neither leads: read their logs")
+        if (why := rest(context.instance, names, job.name)) is not None:
+            return dg.SkipReason(f"{leader or 'nobody leads'}; {why}")
         return dg.RunRequest(tags={"sync/asked_by": leader or "nobody leads"})
 
     return stream

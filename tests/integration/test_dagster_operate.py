@@ -266,6 +266,32 @@ def test_a_failed_run_of_the_link_is_told_once(link: Pair, instance: dg.DagsterI
     ]
 
 
+def test_runs_that_fail_again_and_again_for_one_reason_are_told_once_until_one_succeeds(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    told: list[str] = []
+
+    def look(cursor: str | None) -> dagster_runs.Tick:
+        channels = [lambda alert: told.append(str(alert))]
+        return tick(link, instance, "alert_sensor", cursor=cursor, channels=channels)
+
+    link.billing.execute("alter table users drop constraint users_pkey cascade")
+    seen = look(None)
+    for _ in range(3):
+        assert not run(link, instance).success
+        seen = look(seen.cursor)
+    assert len(told) == 1
+    assert seen.skipped.startswith("still: runs of sync_job fail: ")
+    link.billing.execute("alter table users add primary key (id)")
+    assert run(link, instance).success
+    seen = look(seen.cursor)
+    assert seen.skipped == "all is well"
+    link.billing.execute("alter table users drop constraint users_pkey")
+    run(link, instance)
+    look(seen.cursor)
+    assert len(told) == 2
+
+
 def test_a_node_that_cannot_be_reached_is_an_alert(
     link: Pair, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:

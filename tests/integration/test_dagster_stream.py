@@ -123,6 +123,15 @@ def test_the_stream_sensor_replaces_a_run_that_only_seems_to_run(
     assert len(tick(link, instance, "stream_sensor").requests) == 1
 
 
+def test_the_stream_sensor_asks_less_often_while_runs_fail(
+    pair: Pair, instance: dg.DagsterInstance
+) -> None:
+    assert not run(pair, instance, "stream_job", config=BRIEFLY).success
+    asked = tick(pair, instance, "stream_sensor")
+    assert asked.requests == []
+    assert "run `sync-pipeline install`; tries again in" in asked.skipped
+
+
 def test_runs_of_a_link_last_as_long_as_its_definitions_say(
     link: Pair, instance: dg.DagsterInstance
 ) -> None:

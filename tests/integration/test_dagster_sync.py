@@ -3,12 +3,14 @@
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import dagster as dg
 import pytest
 
 from sync_pipeline import database, definitions
 from sync_pipeline import link as links
+from sync_pipeline.defs import failed
 from tests import dagster_runs
 from tests.dagster_runs import failure_of, metadata, run, tick
 from tests.engine import config_of, equal
@@ -238,6 +240,29 @@ def test_the_sensor_leaves_a_run_alone_that_said_something_a_moment_ago(
     stored = instance.get_run_by_id(run.run_id)
     assert stored is not None
     assert stored.status is dg.DagsterRunStatus.STARTED
+
+
+def test_the_sensor_asks_less_and_less_often_while_runs_fail(
+    link: Pair, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_family(link.crm)
+    link.billing.execute("alter table users drop constraint users_pkey cascade")
+    waits = []
+    for _ in range(7):
+        failed_run = run(link, instance)
+        asked = tick(link, instance)
+        assert asked.requests == []
+        assert f"run {failed_run.run_id[:8]} failed: {failure_of(failed_run)}; " in asked.skipped
+        waits.append(int(asked.skipped.rsplit(" ", maxsplit=2)[1]))
+    assert waits == pytest.approx([10, 20, 40, 80, 160, 300, 300], abs=3)
+    ahead = SimpleNamespace(time=lambda: time.time() + 310)
+    monkeypatch.setattr(failed, "time", ahead)
+    assert len(tick(link, instance).requests) == 1
+    monkeypatch.undo()
+    link.billing.execute("alter table users add primary key (id)")
+    assert run(link, instance).success
+    add_family(link.crm, 2)
+    assert len(tick(link, instance).requests) == 1
 
 
 def test_the_sensor_leaves_runs_of_another_link_alone_whose_job_has_the_same_name(
