@@ -128,7 +128,10 @@ def verify(
     """
     names = [config.table(name).name for name in tables or [table.name for table in config.tables]]
     for node in config.nodes:
-        install.require(config, node.name, connections[node.name])
+        try:
+            install.require(config, node.name, connections[node.name])
+        except psycopg.Error as error:
+            raise SyncPipelineError(in_words(error), node=node.name) from error
     report = VerifyReport()
     with _comparing():
         found = catalog.read(config, connections)

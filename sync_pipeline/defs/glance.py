@@ -88,9 +88,8 @@ def _asking(node: NodeConfig, config: Config) -> Iterator[Connection]:
     with connected(node, config, "sensor") as connection:
         try:
             yield connection
-        except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):
-            # Says what is missing; asked only now, so that a tick costs one query.
-            install.require(config, node.name, connection)
-            raise
         except psycopg.Error as error:
+            if isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.UndefinedColumn):
+                # Says what is missing; asked only now, so that a tick costs one query.
+                install.require(config, node.name, connection)
             raise ConnectionFailed(in_words(error), node=node.name) from error

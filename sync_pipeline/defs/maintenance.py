@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import dagster as dg
+import psycopg
 import sqlalchemy as sa
 from dagster._core.storage.event_log.schema import (
     AssetCheckExecutionsTable,
@@ -18,8 +19,8 @@ from dagster._core.storage.event_log.sql_event_log import SqlEventLogStorage
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
 from pydantic import Field
 
-from sync_pipeline import conflicts
-from sync_pipeline.database import connected
+from sync_pipeline import conflicts, install
+from sync_pipeline.database import connected, in_words
 from sync_pipeline.defs.names import Names
 from sync_pipeline.defs.session import Session, failure
 from sync_pipeline.errors import SyncPipelineError
@@ -193,7 +194,11 @@ def _remove_conflicts(session: Session) -> int:
     removed = 0
     for node in config.nodes:
         with connected(node, config, "maintenance") as connection:
-            removed += conflicts.prune(
-                connection, config.schema_name, config.conflict_retention_days
-            )
+            try:
+                install.require(config, node.name, connection)
+                removed += conflicts.prune(
+                    connection, config.schema_name, config.conflict_retention_days
+                )
+            except psycopg.Error as error:
+                raise SyncPipelineError(in_words(error), node=node.name) from error
     return removed

@@ -1,9 +1,11 @@
 """Replay, backfill, verify, checks, observations and alerts, run in the process of the test."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import dagster as dg
+import psycopg
 import pytest
 from psycopg import sql
 
@@ -290,6 +292,32 @@ def test_runs_that_fail_again_and_again_for_one_reason_are_told_once_until_one_s
     run(link, instance)
     look(seen.cursor)
     assert len(told) == 2
+
+
+@pytest.mark.parametrize("job", ["verify_job", "maintenance_job"])
+def test_a_job_on_nodes_without_the_pipeline_or_without_rights_fails_in_one_line(
+    pair: Pair, instance: dg.DagsterInstance, job: str
+) -> None:
+    assert failure_of(run(pair, instance, job)) == (
+        "crm: schema sync has no pipeline in it; run `sync-pipeline install`"
+    )
+    installed(pair)
+    pair.crm.execute("create role stranger login")
+    try:
+        dsn = psycopg.conninfo.make_conninfo(pair.crm.dsn, user="stranger")
+        stranger = replace(pair, crm=replace(pair.crm, dsn=dsn))
+        assert failure_of(run(stranger, instance, job)) == "crm: permission denied for schema sync"
+    finally:
+        pair.crm.execute("drop role stranger")
+
+
+@pytest.mark.parametrize("sensor", ["sync_sensor", "watch_sensor"])
+def test_a_sensor_skips_in_one_line_where_a_part_of_the_pipeline_is_gone(
+    link: Pair, instance: dg.DagsterInstance, sensor: str
+) -> None:
+    link.crm.execute("drop table sync.sync_failures cascade")
+    skipped = tick(link, instance, sensor).skipped
+    assert skipped == 'crm: relation "sync.sync_failures" does not exist'
 
 
 def test_a_node_that_cannot_be_reached_is_an_alert(
