@@ -24,6 +24,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
+def printable(text: str) -> str:
+    """Return text with control characters escaped: a value must not steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 # The text of these types depends on no setting of the session.
 PLAIN_TYPES = {
     "smallint", "integer", "bigint", "uuid", "text", "character varying", "bpchar", '"char"', "name",

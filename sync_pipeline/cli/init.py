@@ -14,7 +14,7 @@ from sync_pipeline.cli.app import ConfigOption, JsonOption, example, open_nodes,
 from sync_pipeline.cli.set_up import PANEL
 from sync_pipeline.config import Config, NodeConfig, TableConfig
 from sync_pipeline.errors import ConfigurationError
-from sync_pipeline.records import counted
+from sync_pipeline.records import counted, printable
 
 
 def register(app: typer.Typer) -> None:
@@ -68,9 +68,9 @@ def init(
         show.document({"file": str(file), "tables": proposed.tables, "left_out": proposed.left_out})
         return
     for table, remarks in proposed.tables.items():
-        show.say(show.printable(": ".join([table, *(["; ".join(remarks)] if remarks else [])])))
+        show.say(printable(": ".join([table, *(["; ".join(remarks)] if remarks else [])])))
     for table, reason in proposed.left_out.items():
-        show.say(show.printable(f"left out: {table}: {reason}"))
+        show.say(printable(f"left out: {table}: {reason}"))
     show.say(f"{file}: {counted(len(proposed.tables), 'table')}")
     show.say(f"next: read {file}, then `sync-pipeline doctor`")
 

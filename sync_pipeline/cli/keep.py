@@ -33,7 +33,7 @@ from sync_pipeline.cli.app import (
 )
 from sync_pipeline.config import Config
 from sync_pipeline.errors import ConfigurationError, SyncPipelineError
-from sync_pipeline.records import counted
+from sync_pipeline.records import counted, printable
 from sync_pipeline.verify import VerifyReport
 from sync_pipeline.views import FailedRecord, Selection
 
@@ -286,7 +286,7 @@ def _resolve(
     elif done.changed_node is None:
         show.say(f"conflict {which}: {winner} has won already; nothing was done")
     else:
-        record = show.printable(f"{done.table_name} {done.record_id}")
+        record = printable(f"{done.table_name} {done.record_id}")
         show.say(
             f"conflict {which}: {record} as {winner} had it, marked on {done.changed_node}; the next pass sends it"
         )
@@ -317,7 +317,7 @@ def _progress(tables: int) -> Iterator[Callable[[str, int], None] | None]:
         task = progress.add_task("comparing", total=tables)
 
         def advance(table: str, rows: int) -> None:
-            progress.console.print(show.printable(f"{table}: {counted(rows, 'row')} compared"))
+            progress.console.print(printable(f"{table}: {counted(rows, 'row')} compared"))
             progress.advance(task)
 
         yield advance
@@ -350,7 +350,7 @@ def _show_report(link: Config, report: VerifyReport) -> None:
             if ids:
                 more = f" and {number - SHOWN_IDS:,} more" if number > SHOWN_IDS else ""
                 listed = ", ".join(ids[:SHOWN_IDS])
-                show.say(show.printable(f"{table}: {label}: {listed}{more}"))
+                show.say(printable(f"{table}: {label}: {listed}{more}"))
     if report.equal:
         left_out = sum(each.pending for each in report.tables.values())
         states = (

@@ -21,7 +21,7 @@ from sync_pipeline.cli.app import (
     refuse,
 )
 from sync_pipeline.operate import Backfill, BackfillStep, Replay
-from sync_pipeline.records import counted
+from sync_pipeline.records import counted, printable
 
 PANEL = "Send again"
 
@@ -182,7 +182,7 @@ def _progress(
     console = show.console(stderr=True)
     if not console.is_terminal:
         yield lambda step: show.complain(
-            show.printable(f"{step.table}: {step.marked:,} marked, up to {step.last}")
+            printable(f"{step.table}: {step.marked:,} marked, up to {step.last}")
         )
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

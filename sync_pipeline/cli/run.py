@@ -19,7 +19,7 @@ from sync_pipeline.cli.signals import stopped_by_signals
 from sync_pipeline.config import Config
 from sync_pipeline.errors import LockTaken, SyncPipelineError
 from sync_pipeline.link import Link
-from sync_pipeline.records import Counts, DirectionReport, counted
+from sync_pipeline.records import Counts, DirectionReport, counted, printable
 from sync_pipeline.stream import Listener, Totals
 
 PANEL = "Run"
@@ -266,7 +266,7 @@ class Log:
             self._print(json.dumps(line))
         else:
             at = now.astimezone().isoformat(sep=" ", timespec="seconds")
-            self._print(show.printable(f"{at} {text}"))
+            self._print(printable(f"{at} {text}"))
 
 
 def _totals(totals: Totals) -> dict[str, Any]:

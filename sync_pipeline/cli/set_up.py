@@ -23,7 +23,7 @@ from sync_pipeline.cli.app import (
 from sync_pipeline.config import Config
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.install import Step
-from sync_pipeline.records import Finding, counted
+from sync_pipeline.records import Finding, counted, printable
 
 PANEL = "Set up"
 
@@ -113,7 +113,7 @@ def doctor(config: ConfigOption = None, as_json: JsonOption = False) -> None:
             where = ": ".join(part for part in (finding.node, finding.table) if part)
             text = f"{where}: {finding.message}" if where else finding.message
             remedy = f"; {finding.remedy}" if finding.remedy else ""
-            show.say(show.printable(f"{finding.level}: {text}{remedy}"))
+            show.say(printable(f"{finding.level}: {text}{remedy}"))
         show.say(_summary([finding.level for finding in findings]))
         show.say(f"next: {_next(link, findings)}")
     errors = sum(finding.level == "error" for finding in findings)

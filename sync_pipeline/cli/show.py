@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sync_pipeline.records import printable
+
 # Rich takes 80 columns for what is no terminal; a file or a pipe has room for more.
 PIPE_COLUMNS = 160
 
@@ -66,11 +68,6 @@ def duration(seconds: float) -> str:
 def moment(at: datetime | None) -> str:
     """Return a time to the second, or a dash."""
     return "-" if at is None else at.isoformat(sep=" ", timespec="seconds")
-
-
-def printable(text: str) -> str:
-    """Return text with control characters escaped: a value must not steer the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _cell(value: object) -> Text:

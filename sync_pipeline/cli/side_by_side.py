@@ -9,6 +9,7 @@ from rich.text import Text
 
 from sync_pipeline.cli import show
 from sync_pipeline.config import Config
+from sync_pipeline.records import printable
 from sync_pipeline.views import Conflict
 
 MARK = "*"
@@ -27,7 +28,7 @@ def render(link: Config, conflict: Conflict) -> RenderableType:
     names = [node.name for node in link.nodes]
     headings = ("", "field", *(name if rows[name] else f"{name} (deleted)" for name in names))
     return Group(
-        Text(show.printable(title), style="bold"),
+        Text(printable(title), style="bold"),
         show.table(None, headings, _fields(*(rows[name] for name in names))),
     )
 

@@ -25,7 +25,7 @@ from sync_pipeline.cli.app import (
 from sync_pipeline.cli.signals import stopped_by_signals
 from sync_pipeline.config import Config
 from sync_pipeline.errors import SyncPipelineError
-from sync_pipeline.records import counted
+from sync_pipeline.records import counted, printable
 from sync_pipeline.views import Backlog, NodeStatus, PendingEvent, Status
 
 PANEL = "Watch"
@@ -186,7 +186,7 @@ def _line(link: Config, rates: Rates) -> str:
                 )
         parts.append(_leader(found))
     now = f"{datetime.now().astimezone().isoformat(sep=' ', timespec='seconds')}"
-    return show.printable(f"{now} {' | '.join(parts)}")
+    return printable(f"{now} {' | '.join(parts)}")
 
 
 def _screen(link: Config, found: Status, rates: Rates | None = None) -> RenderableType:
@@ -214,10 +214,10 @@ def _screen(link: Config, found: Status, rates: Rates | None = None) -> Renderab
         rows.insert(2, ("events a second", *(rates.of(name) for name in found.nodes)))
     parts: list[RenderableType] = [show.table(None, ("", *found.nodes), rows)]
     parts += [
-        Text(show.printable(node.error), style="red") for node in found.nodes.values() if node.error
+        Text(printable(node.error), style="red") for node in found.nodes.values() if node.error
     ]
     summary = f"{_leader(found)}; paused" if found.paused else _leader(found)
-    parts.append(Text(show.printable(summary)))
+    parts.append(Text(printable(summary)))
     if found.clocks is not None:
         difference = abs(found.clocks.seconds)
         accuracy = f"± {show.duration(found.clocks.accuracy_seconds)}"

@@ -142,13 +142,14 @@ def _checks(
         ins={input_name: dg.In(dg.Nothing) for input_name in inputs},
         out={output: dg.Out(None, is_required=False) for output in outputs},
     )(answer)
-    return dg.AssetChecksDefinition.create(
+    checks: dg.AssetChecksDefinition = dg.AssetChecksDefinition.create(
         keys_by_input_name=inputs,
         node_def=op,
         check_specs_by_output_name=outputs,
         resource_defs={},
         can_subset=True,
     )
+    return checks
 
 
 def _plainly_named(things: Iterable[tuple[str, T]]) -> dict[str, T]:

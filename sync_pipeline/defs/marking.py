@@ -16,7 +16,7 @@ from sync_pipeline.defs.names import Names
 from sync_pipeline.defs.session import Session, failure
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.operate import Replay
-from sync_pipeline.records import Relation, counted
+from sync_pipeline.records import Relation, counted, printable
 
 SLICES = 16
 # Where a backfill takes its rows from; the backfill page has no configuration, but it has tags.
@@ -138,15 +138,11 @@ def _which(config: ReplayConfig) -> Replay:
 
 def _slices(config: Config) -> dict[str, tuple[TableConfig, int]]:
     return {
-        f"{_printable(table.name)}/{number + 1:02}-of-{SLICES}": (table, number)
+        # Dagster refuses line breaks and the like in the name of a partition.
+        f"{printable(table.name)}/{number + 1:02}-of-{SLICES}": (table, number)
         for table in config.tables
         for number in range(SLICES)
     }
-
-
-def _printable(name: str) -> str:
-    """Write line breaks and the like as escapes: Dagster refuses them in the name of a partition."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _first_sender(config: Config, table: TableConfig) -> str:
