@@ -1,5 +1,6 @@
 """`stream_job` and `stream_sensor`, run in the process of the test."""
 
+import re
 from itertools import pairwise
 from threading import Event, Thread
 from typing import Any
@@ -150,7 +151,8 @@ def test_the_stream_sensor_counts_the_budget_that_a_run_was_launched_with(
         dagster_runs.pass_time(monkeypatch, 3570)
         due = tick(link, instance, "stream_sensor")
     assert early.requests == []
-    assert "3000 seconds left" in early.skipped
+    # A second may pass meanwhile.
+    assert re.search("(2999|3000) seconds left", early.skipped)
     assert len(due.requests) == 1
 
 
