@@ -494,9 +494,10 @@ def _rows(
             changed=changed,
             keys=sql.SQL(", ").join(sql.SQL("changed.{}").format(key) for key in keys),
             # Asked once, and only when a row is not there.
-            present=sql.SQL("t.tableoid is not null or (select {}({}::regclass))").format(
+            present=sql.SQL("t.tableoid is not null or (select {}({}::regclass, {}::oid))").format(
                 sql.Identifier(schema, "has_lost_rows"),
                 sql.Identifier(relation.schema, relation.name).as_string(None),
+                relation.oid,
             ),
             columns=_columns(relation, "t", keys),
             joined=joined.format(

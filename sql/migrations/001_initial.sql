@@ -178,17 +178,24 @@ as $$
 $$;
 
 -- False while the snapshot shows the rows that a table had then, an error where it does not: a table that was truncated,
--- rewritten by ALTER TABLE or replaced by another since looks empty from an older snapshot.
-create function {schema}.has_lost_rows(of_table regclass) returns boolean
+-- rewritten by ALTER TABLE or replaced by another than the one that is known, and a partition that was attached since
+-- may look empty from an older snapshot.
+create function {schema}.has_lost_rows(of_table regclass, known oid) returns boolean
 language plpgsql stable
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-    if exists (
+    if of_table <> known or exists (
         select from (select of_table::oid union select relid from pg_partition_tree(of_table)) as now (oid)
         -- As the snapshot shows it; the function asks for the file of now.
         left join pg_class as before on before.oid = now.oid
         where before.relfilenode is distinct from coalesce(pg_relation_filenode(now.oid), 0)
+    ) or exists (
+        select from pg_partition_tree(of_table) as now
+        where now.parentrelid is not null and not exists (
+            select from pg_inherits as before
+            where before.inhrelid = now.relid and before.inhparent = now.parentrelid
+        )
     ) then
         raise exception 'rows of % are gone from the snapshot', of_table using errcode = 'SY001';
     end if;
@@ -247,4 +254,4 @@ revoke all on function {schema}.has_events(bigint) from public;
 revoke all on function {schema}.events_after(bigint, text) from public;
 revoke all on function {schema}.events_about(bigint, text, text[]) from public;
 revoke all on function {schema}.next_events(bigint, text[], integer) from public;
-revoke all on function {schema}.has_lost_rows(regclass) from public;
+revoke all on function {schema}.has_lost_rows(regclass, oid) from public;

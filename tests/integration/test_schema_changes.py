@@ -472,6 +472,48 @@ def test_a_rewritten_partition_is_not_taken_for_empty(pair: Pair) -> None:
     assert pair.billing.rows("readings") == [(1, "two!")]
 
 
+def test_a_table_that_was_prepared_and_takes_the_place_of_another_is_not_taken_for_empty(
+    pair: Pair, link: Link
+) -> None:
+    pair.crm.execute("create table new_accounts (like accounts including all)")
+    pair.crm.execute("update accounts set name = 'two'")
+    with pytest.raises(PassInterrupted, match="accounts"):
+        pass_around(link, pair.crm, REPLACED.partition(";")[2])
+
+    installed(pair)
+    link.read_catalog()
+    while passes.run(link):
+        pass
+    assert pair.billing.rows("select name from accounts") == [("two",)]
+
+
+def test_a_partition_that_was_prepared_and_takes_the_place_of_another_is_not_taken_for_empty(
+    pair: Pair,
+) -> None:
+    for node in pair.nodes:
+        node.execute(
+            """create table readings (id int primary key, value text) partition by range (id);
+            create table readings_low partition of readings for values from (0) to (10);
+            create table readings_new (id int primary key, value text)"""
+        )
+    write_config(pair.config_path, ["readings"])
+    with lead(installed(pair)) as link:
+        pair.crm.execute("insert into readings values (1, 'one')")
+        passes.run(link)
+        pair.crm.execute("update readings set value = 'two'")
+        with pytest.raises(PassInterrupted, match="readings"):
+            pass_around(
+                link,
+                pair.crm,
+                """insert into readings_new select * from readings;
+                alter table readings detach partition readings_low;
+                alter table readings attach partition readings_new for values from (0) to (10)""",
+            )
+        passes.run(link)
+
+    assert pair.billing.rows("readings") == [(1, "two")]
+
+
 def test_a_value_written_as_soon_as_both_have_the_column_is_sent(pair: Pair, link: Link) -> None:
     for node in pair.nodes:
         node.execute("alter table accounts add column city text")
