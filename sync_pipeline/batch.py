@@ -332,13 +332,11 @@ class Batch:
                 if kept and not self._gathered:
                     raise _ChildrenLeftError
                 if kept:
-                    self._keep_parents(table, kept, child_table, child_is_staged=together)
+                    self._keep_parents(table, kept, child_table)
                     found = True
         return found
 
-    def _keep_parents(
-        self, table: str, kept: list[tuple[int, str]], child: str, *, child_is_staged: bool
-    ) -> None:
+    def _keep_parents(self, table: str, kept: list[tuple[int, str]], child: str) -> None:
         applier = self.applier
         numbers = [number for number, _ in kept]
         if self._parked.get(table, set()).intersection(numbers):
@@ -366,9 +364,12 @@ class Batch:
                         applier.statements(child),
                         key,
                         self._schema,
-                        child_is_staged=child_is_staged,
+                        child_is_staged=child in applier.staged,
                     ),
-                    {"numbers": numbers},
+                    {
+                        "numbers": numbers,
+                        "refused": [f.record_id for f in self._failures if f.table_name == child],
+                    },
                 )
         self._kept[table] = self._kept.get(table, 0) + len(kept)
         applier.unstage(numbers, table)

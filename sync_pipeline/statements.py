@@ -394,26 +394,19 @@ class TableStatements:
     def mark_children(
         self, child: "TableStatements", key: ForeignKey, schema: str, *, child_is_staged: bool
     ) -> sql.Composed:
-        """Mark the rows of `child` that refer to some staged records and stay, so that they are sent from here."""
+        """Mark the clean rows of `child`, not staged, that refer to some records which stay: they are sent from here.
+
+        What is staged is the source's, also where it was refused, and what is not clean is sent anyway.
+        """
         return sql.SQL(
             "insert into {events} (table_name, record_id, event_type, caused_by) "
-            "select {table}, {record_id}, 'insert', pg_catalog.pg_current_xact_id() from {child} as c "
-            "join {target} as t on {reference} join {stage} as s on {same_key} "
-            "where {among}{going}"
+            "select {table}, record_id, 'insert', pg_catalog.pg_current_xact_id() "
+            "from ({left} and {among}) as children (record_id) where record_id <> all (%(refused)s::text[])"
         ).format(
-            among=AMONG,
-            going=_not_going(child) if child_is_staged else sql.SQL(""),
             events=sql.Identifier(schema, "sync_events"),
             table=child.relation.table,
-            record_id=record_id(
-                child.relation,
-                {f: sql.SQL("c.{}").format(child.column(f)) for f in child.relation.key},
-            ),
-            child=sql.Identifier(*key.child),
-            target=self.target,
-            reference=_reference(key),
-            stage=self.stage,
-            same_key=self.same_key(),
+            left=self.children_left(child, key, schema, child_is_staged=child_is_staged),
+            among=AMONG,
         )
 
     def missing_parents(

@@ -283,6 +283,30 @@ def test_a_child_that_arrives_with_the_delete_of_its_parent_is_not_taken_for_the
     assert kinds == [("parents", "parent_deleted", "billing")]
 
 
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_a_child_whose_move_is_refused_is_not_moved_back_when_its_old_parent_is_deleted(
+    pair: Pair, *, in_one_pass: bool
+) -> None:
+    children = "create table children (id int primary key, parent int references parents, word text{})"
+    parents = "create table parents (id int primary key);"
+    ddl = (parents + children.format(""), parents + children.format(" check (word <> 'x')"))
+    link(pair, ddl, "parents", "children")
+    pair.crm.execute("insert into parents values (1), (2)")
+    pair.crm.execute("insert into children values (1, 1, 'old')")
+    converge(pair, "parents", "children")
+    pair.crm.execute("update children set parent = 2, word = 'x'")
+    if not in_one_pass:
+        sync_pair(pair)
+    pair.crm.execute("delete from parents where id = 1")
+    sync_pair(pair)
+    assert texts(pair.crm, "children") == ["(1,2,x)"]
+    assert [failure[:2] for failure in failures(pair.crm)] == [("children", "1")]
+    pair.billing.execute("alter table children drop constraint children_word_check")
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    converge(pair, "parents", "children")
+    assert texts(pair.billing, "children") == ["(1,2,x)"]
+
+
 @pytest.mark.parametrize(
     ("parents", "children", "exclude"),
     [
