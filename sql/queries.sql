@@ -471,10 +471,11 @@ from (
 group by record_id
 
 -- name: read_record_ids
--- The records of a table that have events in a range of ids.
-select distinct record_id
+-- The records of a table that have events in a range of ids, and which.
+select record_id, array_agg(id)
 from {schema}.sync_events
 where id between %(first_id)s and %(last_id)s and table_name = %(table_name)s
+group by record_id
 
 -- name: read_invalid_keys
 -- Records of a table whose text is no value of the key's type, or no array of values for a composite key.
@@ -501,10 +502,12 @@ where case
 end
 
 -- name: set_aside
--- Move the events of some records to the failures, dead: nothing can be done with them before an operator looks.
+-- Move events of some records, or some of these, to the failures, dead: nothing can be done with them before an operator
+-- looks.
 with aside as (
     delete from {schema}.sync_events
     where table_name = %(table_name)s
+        and (%(ids)s::bigint[] is null or id = any (%(ids)s::bigint[]))
         and (%(record_ids)s::text[] is null or record_id = any (%(record_ids)s::text[]))
     returning record_id, event_type, created_at
 )

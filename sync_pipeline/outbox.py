@@ -116,12 +116,16 @@ def set_aside_invalid_keys(connection: Connection, schema: str, relation: Relati
 def set_aside_unreadable(
     connection: Connection, schema: str, relation: Relation, part: Part
 ) -> int:
-    """Move the records of a part whose rows cannot be read out of the way, with the reason; return how many."""
-    record_ids = list(part.retried)
-    if not record_ids:
+    """Move the records of a part whose rows cannot be read out of the way, with the reason; return how many.
+
+    But for events that come meanwhile: what they mark may be readable.
+    """
+    events: dict[str, list[int]] = {record_id: [] for record_id in part.retried}
+    if not events:
         bounds = {"table_name": part.table, "first_id": part.first_id, "last_id": part.last_id}
         found = connection.execute(query(queries.get("read_record_ids", schema)), bounds)
-        record_ids = [record_id for (record_id,) in found.fetchall()]
+        events = dict(found.fetchall())
+    record_ids = list(events)
     tried = connection.execute(
         query(queries.get("try_each", schema)),
         {
@@ -138,6 +142,7 @@ def set_aside_unreadable(
             [record_ids[number - 1]],
             sqlstate,
             bounded(sqlstate, message, detail),
+            events[record_ids[number - 1]],
         )
         for number, _, sqlstate, message, detail in tried
         if sqlstate is not None
@@ -151,8 +156,10 @@ def _set_aside(
     record_ids: list[str] | None,
     error_class: str,
     error: str,
+    ids: list[int] | None = None,
 ) -> int:
     parameters = {
+        "ids": ids,
         "table_name": table,
         "record_ids": record_ids,
         "error_class": error_class,

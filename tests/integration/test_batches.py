@@ -4,7 +4,7 @@ import tempfile
 
 import pytest
 
-from sync_pipeline import companions, passes, snapshot
+from sync_pipeline import companions, outbox, passes, snapshot
 from sync_pipeline.companions import Companions
 from sync_pipeline.errors import PassInterrupted
 from sync_pipeline.link import lead
@@ -290,6 +290,17 @@ def test_a_row_for_which_the_condition_of_its_table_fails_is_set_aside_alone(pai
     sync_pair(pair)
     assert texts(pair.billing, "children", "id") == ["(1)", "(2)", "(5)"]
     assert pair.crm.rows(states) == [("4", "dead", "22P02")]
+
+
+def test_a_row_that_is_mended_while_it_is_set_aside_is_sent(pair: Pair) -> None:
+    children = {"name": "children", "where": {"crm": "word::int > 0"}}
+    link(pair, FAMILY, children, "parents")
+    pair.crm.execute("insert into parents values (1, 'old')")
+    pair.crm.execute("insert into children values (1, 1, 'two')")
+    mended = "update children set word = '2'"
+    with Point("before", outbox, "_set_aside").struck_by(lambda: bool(pair.crm.execute(mended))):
+        sync_pair(pair)
+    converge(pair, "parents", "children")
 
 
 def test_no_room_for_temporary_files_interrupts_the_pass(
