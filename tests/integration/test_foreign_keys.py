@@ -287,7 +287,9 @@ def test_a_child_that_arrives_with_the_delete_of_its_parent_is_not_taken_for_the
 def test_a_child_whose_move_is_refused_is_not_moved_back_when_its_old_parent_is_deleted(
     pair: Pair, *, in_one_pass: bool
 ) -> None:
-    children = "create table children (id int primary key, parent int references parents, word text{})"
+    children = (
+        "create table children (id int primary key, parent int references parents, word text{})"
+    )
     parents = "create table parents (id int primary key);"
     ddl = (parents + children.format(""), parents + children.format(" check (word <> 'x')"))
     link(pair, ddl, "parents", "children")
