@@ -471,10 +471,12 @@ from (
 group by record_id
 
 -- name: read_record_ids
--- The records of a table that have events in a range of ids, and which.
+-- The records of a table, or some of them, that have events in a range of ids, and which.
 select record_id, array_agg(id)
 from {schema}.sync_events
-where id between %(first_id)s and %(last_id)s and table_name = %(table_name)s
+where id between %(first_id)s and %(last_id)s
+    and table_name = %(table_name)s
+    and (%(record_ids)s::text[] is null or record_id = any (%(record_ids)s::text[]))
 group by record_id
 
 -- name: read_invalid_keys

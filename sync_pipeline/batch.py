@@ -357,6 +357,9 @@ class Batch:
             query(queries.get("mark_kept", self._schema)),
             {"table_name": table, "record_ids": [rid for _, rid in kept]},
         )
+        refused = self._companions.unreadable.union(
+            (failure.table_name, failure.record_id) for failure in self._failures
+        )
         for key in applier.catalog.relation(self.target, child).foreign_keys:
             if key.parent == table:
                 self._connection.execute(
@@ -368,7 +371,7 @@ class Batch:
                     ),
                     {
                         "numbers": numbers,
-                        "refused": [f.record_id for f in self._failures if f.table_name == child],
+                        "refused": [rid for named, rid in refused if named == child],
                     },
                 )
         self._kept[table] = self._kept.get(table, 0) + len(kept)

@@ -19,7 +19,7 @@ from sync_pipeline import isolation, parking
 from sync_pipeline.applier import Applier
 from sync_pipeline.database import error_class
 from sync_pipeline.records import ForeignKey
-from sync_pipeline.snapshot import Part, Snapshot
+from sync_pipeline.snapshot import Part, ReadFailed, Snapshot
 
 PATIENT_LEVELS = 8
 FIRST_REACH = 1_000
@@ -41,6 +41,8 @@ class Companions:
     stack: ExitStack
     # Of all but parents: if one of them is in a conflict, its table's policy decides.
     further_numbers: set[int] = field(default_factory=set, init=False)
+    # Those, by table and record_id, whose rows cannot be read on the source.
+    unreadable: set[tuple[str, str]] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self._next_number = self.last_number + 1
@@ -125,7 +127,16 @@ class Companions:
         if not changed:
             return False
         part = Part(table, retried=tuple(changed))
-        self.snapshot.read_rows(part, self._next_number)
+        try:
+            self.snapshot.read_rows(part, self._next_number)
+        except ReadFailed:
+            # That is told in the batch of its own record.
+            if len(record_ids) == 1:
+                self.unreadable.add((table, record_ids[0]))
+                return False
+            middle = len(record_ids) // 2
+            came = self._stage_changed(table, record_ids[:middle])
+            return self._stage_changed(table, record_ids[middle:]) or came
         return self._stage(part)
 
     def _stage_further(self, table: str, reach: int) -> None:
@@ -142,7 +153,10 @@ class Companions:
             last_id = part.last_id
         self._reached[table] = last_id, last_record
         first = self._next_number
-        self.snapshot.read_rows(part, first)
+        try:
+            self.snapshot.read_rows(part, first)
+        except ReadFailed:
+            return
         if self._stage(part):
             self.further_numbers.update(range(first, self._next_number))
             statements = self.applier.statements(table)

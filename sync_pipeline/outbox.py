@@ -9,7 +9,7 @@ from sync_pipeline.applier import bounded
 from sync_pipeline.config import RetryConfig
 from sync_pipeline.database import DATA_CLASSES, Connection, query, scalar, server_encoding
 from sync_pipeline.records import Failure, Relation
-from sync_pipeline.snapshot import EMPTY, Part, count, one_row
+from sync_pipeline.snapshot import EMPTY, LAST_ID, Part, count, one_row
 
 
 @dataclass(slots=True)
@@ -120,11 +120,17 @@ def set_aside_unreadable(
 
     But for events that come meanwhile: what they mark may be readable.
     """
+    found = connection.execute(
+        query(queries.get("read_record_ids", schema)),
+        {
+            "table_name": part.table,
+            "first_id": 0 if part.retried else part.first_id,
+            "last_id": LAST_ID if part.retried else part.last_id,
+            "record_ids": list(part.retried) or None,
+        },
+    ).fetchall()
     events: dict[str, list[int]] = {record_id: [] for record_id in part.retried}
-    if not events:
-        bounds = {"table_name": part.table, "first_id": part.first_id, "last_id": part.last_id}
-        found = connection.execute(query(queries.get("read_record_ids", schema)), bounds)
-        events = dict(found.fetchall())
+    events |= dict(found)
     record_ids = list(events)
     tried = connection.execute(
         query(queries.get("try_each", schema)),

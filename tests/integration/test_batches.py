@@ -303,6 +303,21 @@ def test_a_row_that_is_mended_while_it_is_set_aside_is_sent(pair: Pair) -> None:
     converge(pair, "parents", "children")
 
 
+def test_a_row_that_is_brought_along_and_cannot_be_read_is_set_aside(pair: Pair) -> None:
+    children = {"name": "children", "where": {"crm": "word::int > 0"}}
+    link(pair, FAMILY, children, "parents", batch_size=1)
+    pair.crm.execute("insert into parents values (1, 'old'), (2, 'old')")
+    pair.crm.execute("insert into children values (1, 1, '1')")
+    converge(pair, "parents", "children")
+    pair.crm.execute("update parents set name = 'new' where id = 1")
+    pair.crm.execute("update children set parent = 2, word = 'one'")
+    pair.crm.execute("delete from parents where id = 1")
+    sync_pair(pair)
+    assert [failure[:3] for failure in failures(pair.crm)] == [("children", "1", "22P02")]
+    pair.crm.execute("update children set word = '2'")
+    converge(pair, "parents", "children")
+
+
 def test_no_room_for_temporary_files_interrupts_the_pass(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
