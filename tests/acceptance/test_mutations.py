@@ -106,7 +106,7 @@ MUTATIONS = {
     ),
     "the file of a table": Mutation(
         "sync_pipeline/snapshot.py",
-        "t.tableoid is not null or (select {}({}::regclass))",
+        "t.tableoid is not null or (select {}({}::regclass, {}::oid))",
         "t.tableoid is not null",
         "tests/integration/test_schema_changes.py"
         "::test_rows_that_a_snapshot_no_longer_shows_are_not_taken_for_deleted",
