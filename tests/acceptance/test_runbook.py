@@ -202,6 +202,26 @@ def test_a_detached_partition_takes_no_rows_along(pair: Pair) -> None:
     assert pair.crm.value("select count(*) from pg_trigger where tgrelid = 'old'::regclass") == 0
 
 
+def test_a_table_that_is_replaced_by_a_copy_goes_on_being_captured(pair: Pair) -> None:
+    installed(pair)
+    pair.crm.insert("accounts", id=1, name="one")
+    pair.crm.insert("users", id=1, account_id=1, email="a@x.org")
+    sync_pair(pair)
+    triggers = pair.crm.rows(statement("Replacing a table", "-- What to run"))
+    with pair.crm.connection.transaction():
+        pair.crm.execute("create table users_copy (like users including all)")
+        pair.crm.execute("insert into users_copy select * from users")
+        for (create,) in triggers:
+            pair.crm.execute(create)
+        pair.crm.execute("alter table users rename to users_before")
+        pair.crm.execute("alter table users_copy rename to users")
+    pair.crm.execute("update users set name = 'new'")
+    sync_pair(pair)
+
+    assert len(triggers) == 4
+    assert equal(pair)
+
+
 def test_one_update_pauses_and_another_resumes(pair: Pair) -> None:
     installed(pair)
     pair.billing.execute(statement("It is paused", "coalesce"))
