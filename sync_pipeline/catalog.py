@@ -343,6 +343,14 @@ def _link_foreign_keys(
 ) -> None:
     for node, by_table in relations.items():
         tables_by_oid = {relation.oid: relation for relation in by_table.values()}
+        # The columns that follow from what travels.
+        known = {
+            relation.table: {column.name for column in relation.columns.values()}
+            for relation in by_table.values()
+        }
+        for table, row in zip(config.tables, rows[node], strict=True):
+            if table.name in known:
+                known[table.name].update(c["name"] for c in row["columns"] if c["generated"])
         for index, table in enumerate(config.tables):
             relation = by_table.get(table.name)
             if relation is None:
@@ -362,8 +370,11 @@ def _link_foreign_keys(
                     parent_columns=tuple(reference["parent_columns"]),
                     parent_fields=_fields(parent, reference["parent_columns"]),
                 )
-                # What is not carried matters only where a delete would take rows along.
-                if key.is_carried or reference["cascades"]:
+                # An excluded column is each node's own affair, but for a delete that would take rows along.
+                if reference["cascades"] or (
+                    known[key.table].issuperset(key.columns)
+                    and known[key.parent].issuperset(key.parent_columns)
+                ):
                     keys.append(key)
             by_table[table.name] = replace(relation, foreign_keys=tuple(keys))
 

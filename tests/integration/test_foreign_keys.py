@@ -583,6 +583,80 @@ def test_a_parent_is_not_brought_along_against_the_direction_of_its_table(pair: 
     assert [failure[:3] for failure in failures(pair.billing)] == [("children", "1", "23503")]
 
 
+STEMS = "create table stems (id int primary key);"
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        """create table leaves (id int primary key, data jsonb, branch int
+            generated always as ((data ->> 'branch')::int) stored references stems on delete cascade)""",
+        """create table leaves (id int primary key, branch int) partition by range (id);
+        create table leaves_low partition of leaves for values from (0) to (100);
+        alter table leaves_low add foreign key (branch) references stems on delete cascade""",
+        """create table leaves (id int primary key, branch int) partition by range (id);
+        create table leaves_low partition of leaves for values from (0) to (100) partition by range (id);
+        create table leaves_lowest partition of leaves_low for values from (0) to (50);
+        alter table leaves_low add foreign key (branch) references stems on delete cascade""",
+    ],
+    ids=["a generated column", "a partition", "a partition with partitions"],
+)
+def test_a_key_of_a_generated_column_or_of_a_partition_alone_is_followed(
+    pair: Pair, leaves: str
+) -> None:
+    link(pair, STEMS + leaves, "leaves", "stems")
+    grow = "insert into leaves values (%s, %s)"
+    if "data" in leaves:
+        grow = "insert into leaves (id, data) values (%s, jsonb_build_object('branch', %s::int))"
+    pair.crm.execute("insert into stems values (1), (2)")
+    pair.crm.execute(grow, 1, 1)
+    converge(pair, "stems", "leaves")
+    pair.crm.execute("delete from stems")
+    pair.billing.execute(grow, 2, 2)
+    converge(pair, "stems", "leaves")
+
+    assert pair.crm.rows("stems") == [(2,)]
+    assert pair.crm.rows("select id from leaves") == [(2,)]
+
+
+def test_a_key_of_one_partition_keeps_no_parent_for_the_rows_of_another(pair: Pair) -> None:
+    link(
+        pair,
+        STEMS
+        + """create table leaves (id int primary key, branch int) partition by range (id);
+        create table leaves_low partition of leaves for values from (0) to (100);
+        create table leaves_high partition of leaves for values from (100) to (200);
+        alter table leaves_low add foreign key (branch) references stems""",
+        "leaves",
+        "stems",
+    )
+    pair.crm.execute("insert into stems values (1); insert into leaves values (150, 1)")
+    converge(pair, "stems", "leaves")
+    pair.crm.execute("delete from stems")
+    converge(pair, "stems", "leaves")
+
+    assert pair.crm.rows("stems") == []
+
+
+def test_a_key_to_a_partition_alone_is_followed(pair: Pair) -> None:
+    link(
+        pair,
+        """create table stems (id int primary key) partition by range (id);
+        create table stems_low partition of stems for values from (0) to (100);
+        create table leaves (id int primary key, branch int references stems_low on delete cascade)""",
+        "leaves",
+        "stems",
+    )
+    pair.crm.execute("insert into stems values (1), (2); insert into leaves values (1, 1)")
+    converge(pair, "stems", "leaves")
+    pair.crm.execute("delete from stems")
+    pair.billing.execute("insert into leaves values (2, 2)")
+    converge(pair, "stems", "leaves")
+
+    assert pair.crm.rows("leaves") == [(2, 2)]
+
+
 def test_a_foreign_key_that_is_not_enforced_brings_no_parent_back(pair: Pair) -> None:
     if int(pair.crm.value("select current_setting('server_version_num')")) < 180000:
         pytest.skip("keys that are not enforced came with PostgreSQL 18")
