@@ -68,11 +68,19 @@ def sequences_at_risk(
 
 
 def interleaving(risk: Risk, *, first: bool) -> str:
-    """Return the statement that makes a sequence odd (on the first node) or even, beyond all values so far."""
+    """Return the statement that makes a sequence odd (on the first node) or even, beyond all values so far.
+
+    One that counts in steps gives every other step: Hibernate takes all keys of a step for one value. Alone it keeps
+    its steps.
+    """
     sequences = [risk.sequence] + ([risk.peer] if risk.peer else [])
-    beyond = max(max(s.next_value, s.greatest or 0) for s in sequences) + 1
-    start = beyond + (beyond % 2 == (0 if first else 1))
-    return f"alter sequence {risk.sequence.shown} increment by 2 restart with {start}"
+    step = max(abs(s.increment) for s in sequences)
+    beyond = max(max(s.next_value, s.greatest or 0) for s in sequences) + step
+    increment, like = 2 * step, 1 if first else 1 + step
+    if risk.peer is None and step > 1:
+        increment, like = step, risk.sequence.next_value
+    start = beyond + (like - beyond) % increment
+    return f"alter sequence {risk.sequence.shown} increment by {increment} restart with {start}"
 
 
 def interleave(
@@ -82,7 +90,7 @@ def interleave(
     for risk in sequences_at_risk(config, connections, found):
         # Applications go on while this runs; what they take meanwhile must not be given again.
         one, two = (
-            s and replace(s, next_value=s.next_value + HEADROOM_VALUES)
+            s and replace(s, next_value=s.next_value + HEADROOM_VALUES * abs(s.increment))
             for s in (risk.sequence, risk.peer)
         )
         for mine, peer in ((one, two), (two, one)):

@@ -67,6 +67,36 @@ def test_interleaving_begins_beyond_all_values_of_both_sides(pair: Pair) -> None
         assert len(texts(pair.crm, table)) == 10
 
 
+def test_a_sequence_that_counts_in_steps_keeps_them_free_for_its_application(pair: Pair) -> None:
+    ddl = "create sequence steps increment by 50; create table t (id int primary key default nextval('steps'))"
+    link(pair, ddl, "t", sequences="interleave")
+    taken: set[int] = set()
+    for node in pair.nodes:
+        for _ in range(3):
+            # As Hibernate does: the value and those before it, or those after it.
+            value = node.value("select nextval('steps')")
+            keys = set(range(value - 49, value + 1))
+            assert taken.isdisjoint(keys)
+            taken |= keys
+    with (
+        connected(config_of(pair).first, config_of(pair), "test") as one,
+        connected(config_of(pair).second, config_of(pair), "test") as two,
+    ):
+        assert install.plan(config_of(pair), {"crm": one, "billing": two}) == []
+
+
+def test_a_sequence_whose_next_value_is_taken_keeps_its_steps(pair: Pair) -> None:
+    ddl = "create sequence steps increment by 50; create table t (id int primary key default nextval('steps'))"
+    link(pair, ddl, "t", sequences="interleave")
+    before = pair.crm.value("select nextval('steps')")
+    pair.crm.execute("insert into t values (%s)", before + 100 * 40)
+    installed(pair)
+    value = pair.crm.value("select nextval('steps')")
+
+    assert value > before + 100 * 40
+    assert (value - before) % 100 == 0
+
+
 def test_a_second_install_moves_no_sequence_and_a_dry_run_says_what_the_first_would_do(
     pair: Pair,
 ) -> None:
