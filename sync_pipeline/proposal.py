@@ -19,6 +19,17 @@ from sync_pipeline.records import Relation
 # A name that YAML and `sync.yaml` take as it is: no quotes, no dot but the one between schema and table.
 _PLAIN = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)?")
 _YAML_WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
+# Where tools that change schemas note what they have done to this database: Rails, Django, Prisma, Flyway, Liquibase,
+# Alembic, Knex, Sequelize, Doctrine, Phinx, Laravel and TypeORM, Drizzle, Entity Framework, goose, node-pg-migrate,
+# MikroORM, Hasura, sqlx, Diesel, refinery.
+_MIGRATIONS = {
+    "schema_migrations", "ar_internal_metadata", "django_migrations", "_prisma_migrations",
+    "flyway_schema_history", "schema_version", "databasechangelog", "databasechangeloglock",
+    "alembic_version", "knex_migrations", "knex_migrations_lock", "sequelizemeta",
+    "doctrine_migration_versions", "phinxlog", "migrations", "__drizzle_migrations",
+    "__efmigrationshistory", "goose_db_version", "pgmigrations", "mikro_orm_migrations",
+    "_sqlx_migrations", "__diesel_schema_migrations", "refinery_schema_history",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +62,11 @@ def propose(
     """
     found = {node.name: _tables(connections[node.name]) for node in nodes}
     pairs, left_out = _pairs(nodes, found)
+    for name in [name for name in pairs if name.rpartition(".")[2].lower() in _MIGRATIONS]:
+        left_out[name] = (
+            "each node notes here which migrations it has run; synced, the other one would not run them"
+        )
+        del pairs[name]
     if not pairs:
         raise SyncPipelineError(
             "the two databases have no table in common",

@@ -67,6 +67,16 @@ def test_what_cannot_be_synced_is_left_out_with_the_reason(bare: Pair) -> None:
     assert "log: crm: the table has no primary key" in text(bare)
 
 
+def test_what_a_node_notes_of_its_own_migrations_is_left_out(bare: Pair) -> None:
+    for node in bare.nodes:
+        node.execute("create table schema_migrations (version text primary key)")
+        node.execute("create schema app create table django_migrations (id int primary key)")
+    document = proposed(bare)
+    assert list(document["tables"]) == ["accounts", "users", "orders"]
+    assert "migrations it has run" in document["left_out"]["schema_migrations"]
+    assert "migrations it has run" in document["left_out"]["app.django_migrations"]
+
+
 def test_a_table_that_refers_to_one_that_is_not_synced_says_so(bare: Pair) -> None:
     for node in bare.nodes:
         node.execute("create table regions (name text unique)")
