@@ -3,7 +3,7 @@
 import random
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -213,10 +213,20 @@ def require(config: Config, node: str, connection: Connection) -> None:
         )
 
 
-def missing_captures(config: Config, connection: Connection, relation: Relation) -> list[str]:
-    """Return what of a relation's capture is missing, disabled or out of date, in words."""
-    wanted = capture.compose(relation, config.schema_name)
+def missing_captures(
+    config: Config, connection: Connection, relations: Sequence[Relation]
+) -> Iterator[tuple[Relation, str]]:
+    """Yield what of the capture of some relations of a node is missing, disabled or out of date, in words."""
     present = _functions(connection, config.schema_name)
+    for relation in relations:
+        for problem in _missing_capture(config, connection, relation, present):
+            yield relation, problem
+
+
+def _missing_capture(
+    config: Config, connection: Connection, relation: Relation, present: Mapping[str, str]
+) -> list[str]:
+    wanted = capture.compose(relation, config.schema_name)
     missing = []
     if wanted.function not in present:
         missing.append(f"function {config.schema_name}.{wanted.function} is missing")

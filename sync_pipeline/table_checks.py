@@ -1,6 +1,6 @@
 """What doctor looks for in the synced tables, beyond what `catalog` must have to sync them at all."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from psycopg.rows import dict_row
@@ -29,8 +29,11 @@ def examine(
             relation = relations[row["oid"]]
             yield from _rights(config, relation, row, is_installed=is_installed)
             yield from _shape(config, relation, row)
-            if is_installed and config.table(relation.table).sends(node.name):
-                yield from _capture(config, connection, relation)
+        if is_installed:
+            sent = [
+                each for each in relations.values() if config.table(each.table).sends(node.name)
+            ]
+            yield from _captures(config, connection, sent)
         broken = _broken(config, node.name, connection, found)
         rows = _rows(connection, "examine_foreign_keys", config.schema_name, list(relations))
         for row in rows:
@@ -181,8 +184,10 @@ def _shape(config: Config, relation: Relation, row: dict[str, Any]) -> Iterator[
         )
 
 
-def _capture(config: Config, connection: Connection, relation: Relation) -> Iterator[Finding]:
-    for problem in install.missing_captures(config, connection, relation):
+def _captures(
+    config: Config, connection: Connection, relations: Sequence[Relation]
+) -> Iterator[Finding]:
+    for relation, problem in install.missing_captures(config, connection, relations):
         disabled = problem.endswith("is disabled")
         yield _finding(
             "error",
