@@ -12,7 +12,7 @@ from psycopg.rows import dict_row
 
 from sync_pipeline import catalog, queries
 from sync_pipeline.config import Config
-from sync_pipeline.database import Connection, query
+from sync_pipeline.database import Connection, error_class, in_words, query
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.records import Relation, spelled
 from sync_pipeline.statements import TableStatements
@@ -44,7 +44,7 @@ def resolve(
     A held conflict: the other node forgets its change, the winner's is sent. A decided one whose winner was another:
     the losing row is written back from the log on the node that has the log, as a change that then syncs; whatever
     became of the record since is overwritten. Raises `SyncPipelineError` for an unknown number or node, for a number
-    that both nodes have when `node` is not given, and where a foreign key forbids the change; then nothing is changed.
+    that both nodes have when `node` is not given, and where a constraint forbids the change; then nothing is changed.
     """
     names = [node.name for node in config.nodes]
     if winner not in names:
@@ -83,6 +83,15 @@ def resolve(
                     _write(config, connections[node], relation, fields, conflict_id, whose)
         except (ForeignKeyViolation, RestrictViolation) as error:
             raise _refused(relation, record_id, error, deleted=fields is None) from error
+        except psycopg.Error as error:
+            if error_class(error) != "data":
+                raise
+            raise SyncPipelineError(
+                f"{table} {record_id} cannot be {'deleted' if fields is None else 'written'}: {in_words(error)}",
+                node=node,
+                remedy="change what stands in the way, such as the record that has its unique value, "
+                "then resolve again; or write the row by hand",
+            ) from error
         changed = node
     for side in config.nodes:
         _run(

@@ -184,6 +184,23 @@ def test_undoing_a_decision_leaves_a_column_alone_that_the_log_does_not_know(pai
     assert texts(pair.crm, "words") == ["(1,crm,555)"]
 
 
+def test_a_row_that_cannot_be_written_back_says_what_stands_in_the_way(pair: Pair) -> None:
+    config = link(pair, "create table words (id int primary key, word text unique)", "words")
+    pair.crm.execute("insert into words values (1, 'old')")
+    sync_pair(pair)
+    number = conflict_about(pair, "words", "update words set word = 'crm'")
+    pair.crm.execute("insert into words values (2, 'crm')")
+    sync_pair(pair)
+    with pytest.raises(
+        SyncPipelineError, match=r"words 1 cannot be written.*words_word_key"
+    ) as said:
+        resolve(config, number, "crm")
+
+    assert said.value.remedy is not None
+    assert "resolve again" in said.value.remedy
+    assert texts(pair.billing, "words") == ["(1,billing)", "(2,crm)"]
+
+
 @pytest.mark.parametrize("change", ["update words set word = 'crm'", "delete from words"])
 @pytest.mark.parametrize(
     "columns",
