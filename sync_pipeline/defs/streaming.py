@@ -12,7 +12,7 @@ from pydantic import Field
 from sync_pipeline import stream
 from sync_pipeline.defs.metadata import counts_in_words, observations
 from sync_pipeline.defs.names import Names
-from sync_pipeline.defs.session import Session, beside, failure
+from sync_pipeline.defs.session import PAUSED, Session, beside, failure
 from sync_pipeline.errors import LockTaken, SyncPipelineError
 from sync_pipeline.link import Link
 from sync_pipeline.records import Counts, DirectionReport, counted
@@ -104,6 +104,7 @@ class _Following:
             standing_by=self._stand_by,
             interrupted=self._interrupted,
             opened=self._open,
+            paused=self._pause,
         )
 
     def say(self, sentence: str | None) -> None:
@@ -135,6 +136,9 @@ class _Following:
         if not self._standing_by:
             self.say(f"stands by: {error.problem}")
         self._standing_by = True
+
+    def _pause(self, paused: bool) -> None:  # noqa: FBT001 - as the listener calls it
+        self.say(PAUSED if paused else "goes on: the link is no longer paused")
 
     def _interrupted(self, error: Exception, seconds: float) -> None:
         self.say(f"interrupted, tries again in {seconds:.1f} s: {error}")

@@ -77,6 +77,16 @@ def test_a_stream_run_stands_by_while_another_worker_leads(
     assert sum(message.startswith("stands by: another consumer leads") for message in said) == 1
 
 
+def test_a_stream_run_of_a_paused_link_says_so(link: Pair, instance: dg.DagsterInstance) -> None:
+    link.crm.insert("accounts", id=1, name="one")
+    link.crm.execute("update sync.sync_node set paused_at = now()")
+    result = run(link, instance, "stream_job", config=BRIEFLY)
+    assert result.success
+    assert link.crm.pending() == 1
+    said = [entry.message for entry in instance.all_logs(result.run_id)]
+    assert "the link is paused; `sync-pipeline resume` ends that" in said
+
+
 def test_a_stream_run_on_nodes_without_the_pipeline_fails_in_one_line(
     pair: Pair, instance: dg.DagsterInstance
 ) -> None:
