@@ -6,6 +6,7 @@ from itertools import takewhile
 import dagster as dg
 
 from sync_pipeline.defs.names import Names
+from sync_pipeline.errors import without_passwords
 
 # After a run that failed the next one waits, longer each time: what is wrong is seldom mended within seconds.
 FIRST_REST_SECONDS = 10.0
@@ -14,15 +15,26 @@ COUNTED = 6
 
 
 def reason_of(instance: dg.DagsterInstance, run_id: str) -> str | None:
-    """Return what the failed op says; None for a run that ended without a word, such as a killed one."""
+    """Return what the failed op says, or why the run did not come to its ops, as with a `sync.yaml` that is broken now.
+
+    None for a run that ended without a word, such as a killed one.
+    """
     found = instance.get_records_for_run(
-        run_id, of_type=dg.DagsterEventType.STEP_FAILURE, limit=1
+        run_id, of_type={dg.DagsterEventType.STEP_FAILURE, dg.DagsterEventType.ENGINE_EVENT}
     ).records
     for record in found:
         event = record.event_log_entry.dagster_event
-        said = event.step_failure_data.user_failure_data if event is not None else None
-        if said is not None and said.description:
-            return said.description
+        if event is None:
+            continue
+        if event.is_step_failure:
+            said = event.step_failure_data.user_failure_data
+            # The text of an error that nobody foresaw may hold a value.
+            return said.description if said and said.description else "unexpectedly; see its page"
+        if (error := event.engine_event_data.error) is not None:
+            # Without the name of its class.
+            return without_passwords(
+                error.message.partition(": ")[2].strip() or event.message or ""
+            )
     return None
 
 

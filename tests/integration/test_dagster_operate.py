@@ -1,15 +1,20 @@
 """Replay, backfill, verify, checks, observations and alerts, run in the process of the test."""
 
 import logging
+import sys
 from dataclasses import replace
 from typing import Any
 
 import dagster as dg
 import psycopg
 import pytest
+from dagster._core.events import EngineEventData
+from dagster._utils.error import serializable_error_info_from_exc_info
 from psycopg import sql
 
+from sync_pipeline.config import load
 from sync_pipeline.defs.alerts import Alert, webhook_channel
+from sync_pipeline.errors import ConfigurationError
 from tests import dagster_runs
 from tests.dagster_runs import failure_of, metadata, run, tick
 from tests.engine import equal, installed, sync_pair
@@ -292,6 +297,31 @@ def test_runs_that_fail_again_and_again_for_one_reason_are_told_once_until_one_s
     run(link, instance)
     look(seen.cursor)
     assert len(told) == 2
+
+
+def test_a_run_that_cannot_read_its_configuration_is_told_with_the_reason_and_not_asked_for_again_at_once(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    told: list[str] = []
+    channels = [lambda alert: told.append(str(alert))]
+    first = tick(link, instance, "alert_sensor", channels=channels)
+    job = dagster_runs.definitions(link).resolve_job_def("sync_job")
+    begun = instance.create_run_for_job(job, tags=job.tags)
+    try:
+        load(link.config_path.with_name("nothing.yaml"))
+    except ConfigurationError:
+        # As the process of a run reports it when `sync.yaml` was removed after the code location had loaded.
+        error = EngineEventData.engine_error(serializable_error_info_from_exc_info(sys.exc_info()))
+    instance.report_engine_event("Could not load job definition.", begun, error)
+    instance.report_run_failed(begun)
+    tick(link, instance, "alert_sensor", cursor=first.cursor, channels=channels)
+    assert len(told) == 1
+    assert f"run {begun.run_id[:8]} of sync_job failed: " in told[0]
+    assert "nothing.yaml: does not exist" in told[0]
+    link.crm.execute("update users set name = 'new' where id = 1")
+    skipped = tick(link, instance).skipped
+    assert "does not exist" in skipped
+    assert "tries again in" in skipped
 
 
 @pytest.mark.parametrize("job", ["verify_job", "maintenance_job"])
