@@ -126,13 +126,24 @@ def verify(
     Takes no lock that anybody would wait for. Raises `NotInstalled`, `CatalogMismatch`, or `PassInterrupted` when a
     connection is lost.
     """
+    report = VerifyReport()
+    for table in verify_each(config, connections, tables):
+        report.tables[table.table] = table
+        if progress is not None:
+            progress(table.table, max(table.rows.values()))
+    return report
+
+
+def verify_each(
+    config: Config, connections: Mapping[str, Connection], tables: Sequence[str] | None = None
+) -> Iterator[TableReport]:
+    """Like `verify`, but yield the report of each table when it is done."""
     names = [config.table(name).name for name in tables or [table.name for table in config.tables]]
     for node in config.nodes:
         try:
             install.require(config, node.name, connections[node.name])
         except psycopg.Error as error:
             raise SyncPipelineError(in_words(error), node=node.name) from error
-    report = VerifyReport()
     with _comparing():
         found = catalog.read(config, connections)
         encodings, portable = _hashing(config, connections)
@@ -149,10 +160,7 @@ def verify(
                 )
                 for mine, other in (relations, reversed(relations))
             )
-            report.tables[name] = _compare(first, second)
-            if progress is not None:
-                progress(name, max(report.tables[name].rows.values()))
-    return report
+            yield _compare(first, second)
 
 
 def repair(

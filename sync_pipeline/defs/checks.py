@@ -72,12 +72,15 @@ def verify_checks(names: Names) -> dg.AssetChecksDefinition:
     ]
 
     def verify_tables(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
-        for key in specs_in_order(specs, context.selected_asset_check_keys):
-            try:
-                report = _verify(names.config, tables[key])
-            except SyncPipelineError as error:
-                raise failure(error) from None
-            yield _verdict(key, tables[key], report)
+        keys = specs_in_order(specs, context.selected_asset_check_keys)
+        try:
+            # In one go: the catalogs of all tables are read once, however many there are.
+            for key, report in zip(
+                keys, _verify(names.config, [tables[key] for key in keys]), strict=True
+            ):
+                yield _verdict(key, report)
+        except SyncPipelineError as error:
+            raise failure(error) from None
 
     return _checks(
         names.of("verify_tables"), specs, verify_tables, "Compares both nodes, table by table."
@@ -182,21 +185,21 @@ def _dead_in_words(table: str, dead: int, held: int) -> str:
     return f"{held} held: decide with `sync-pipeline conflicts resolve`" if held else ""
 
 
-def _verify(config: Config, table: str) -> TableReport:
+def _verify(config: Config, tables: Sequence[str]) -> Iterator[TableReport]:
     with ExitStack() as exits:
         connections = {
             node.name: exits.enter_context(connected(node, config, "verify"))
             for node in config.nodes
         }
-        return verify.verify(config, connections, [table]).tables[table]
+        yield from verify.verify_each(config, connections, tables)
 
 
-def _verdict(key: dg.AssetCheckKey, table: str, report: TableReport) -> dg.AssetCheckResult:
+def _verdict(key: dg.AssetCheckKey, report: TableReport) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
         asset_key=key.asset_key,
         check_name=key.name,
         passed=report.equal,
-        description="" if report.equal else f"see which: `sync-pipeline verify {table}`",
+        description="" if report.equal else f"see which: `sync-pipeline verify {report.table}`",
         metadata={
             **{f"rows_{node}": rows for node, rows in report.rows.items()},
             **{f"missing_{node}": count for node, count in report.missing_count.items()},

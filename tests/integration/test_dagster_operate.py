@@ -12,6 +12,7 @@ from dagster._core.events import EngineEventData
 from dagster._utils.error import serializable_error_info_from_exc_info
 from psycopg import sql
 
+from sync_pipeline import catalog
 from sync_pipeline.config import load
 from sync_pipeline.defs.alerts import Alert, webhook_channel
 from sync_pipeline.errors import ConfigurationError
@@ -177,6 +178,21 @@ def test_verify_fails_the_check_of_the_table_that_differs_and_names_no_record(
     numbers = {name: value.value for name, value in found["sync/users"].metadata.items()}
     assert (numbers["rows_crm"], numbers["rows_billing"], numbers["missing_billing"]) == (40, 39, 1)
     assert found["sync/users"].description == "see which: `sync-pipeline verify users`"
+
+
+def test_verify_reads_the_catalogs_once_however_many_tables_it_compares(
+    link: Pair, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, times = catalog.read, []
+
+    def counting(*arguments: Any, **options: Any) -> catalog.Catalog:
+        times.append(1)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(catalog, "read", counting)
+    result = run(link, instance, "verify_job")
+    assert len(result.get_asset_check_evaluations()) == 3
+    assert len(times) == 1
 
 
 def test_the_watch_sensor_reports_backlog_lag_and_dead_letters(
