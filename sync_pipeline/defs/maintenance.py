@@ -41,6 +41,8 @@ class MaintenanceConfig(dg.Config):
     keep_days: float = Field(default=3.0, ge=0)
     keep_failed_days: float = Field(default=14.0, ge=0)
     limit: int = Field(default=2000, ge=1)
+    # Two hundred quiet tables have six thousand in an hour, a busy one has three hundred.
+    report_limit: int = Field(default=100_000, ge=1)
     seconds: float = Field(default=300.0, gt=0)
 
 
@@ -66,7 +68,7 @@ def prune(context: dg.OpExecutionContext, config: MaintenanceConfig) -> None:
             instance, filters, config.limit - removed, lambda: time.monotonic() > deadline
         )
     reports = _remove_reports(
-        instance, session.names, now - timedelta(days=config.keep_days), config.limit
+        instance, session.names, now - timedelta(days=config.keep_days), config.report_limit
     )
     try:
         old_conflicts = _remove_conflicts(session)

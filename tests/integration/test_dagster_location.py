@@ -16,6 +16,7 @@ from sync_pipeline import SyncComponent
 from sync_pipeline import link as links
 from sync_pipeline.config import load
 from sync_pipeline.defs import build_sync_definitions
+from sync_pipeline.defs.maintenance import MaintenanceConfig
 from tests import dagster_runs
 from tests.dagster_processes import storage_environment
 from tests.dagster_runs import metadata, run, tick
@@ -229,9 +230,9 @@ def test_maintenance_removes_old_runs_of_this_link_with_all_that_belongs_to_them
             config = {"ops": {"prune": {"config": {"keep_days": 0, **limits}}}}
             return run(link, instance, "maintenance_job", config=config)
 
-        out_of_time = prune(seconds=1e-9, limit=1)
+        out_of_time = prune(seconds=1e-9, limit=1, report_limit=1)
         assert metadata(out_of_time, "prune")["runs"] == 0
-        done = prune(limit=2)
+        done = prune(limit=2, report_limit=2)
         told = metadata(done, "prune")
         assert (told["runs"], told["sensor_reports"]) == (2, 2)
         left = {record.dagster_run.run_id for record in instance.get_run_records()}
@@ -250,6 +251,16 @@ def test_maintenance_stops_at_its_limit_before_it_comes_to_failed_runs(
     done = run(link, instance, "maintenance_job", config=config)
     assert metadata(done, "prune")["runs"] == 1
     assert len(instance.get_run_records(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE]))) == 3
+
+
+def test_maintenance_keeps_up_with_the_reports_of_many_tables(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    names = [f"t{number}" for number in range(200)]
+    write_config(link.config_path, names)
+    reported = tick(link, instance, "watch_sensor").asset_events
+    # Told every ten minutes of a quiet table, while the job runs once in an hour.
+    assert len(reported) * 6 < MaintenanceConfig().report_limit
 
 
 def test_maintenance_leaves_alone_what_others_report_of_their_assets(link: Pair) -> None:
