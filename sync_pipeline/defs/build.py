@@ -76,12 +76,7 @@ def build_sync_definitions(
             alerts.alert_sensor(names, lag_seconds, channels or _channels()),
         ],
         schedules=[
-            dg.ScheduleDefinition(
-                name=names.of("sync_schedule"),
-                job=sync_job,
-                cron_schedule="* * * * *",
-                description="A pass each minute, whether anything waits or not; an alternative to the sensor.",
-            ),
+            sensors.sync_schedule(names, sync_job),
             dg.ScheduleDefinition(
                 name=names.of("maintenance_schedule"),
                 job=maintenance_job,

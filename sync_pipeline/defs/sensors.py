@@ -61,6 +61,24 @@ def sync_sensor(names: Names, job: dg.JobDefinition) -> dg.SensorDefinition:
     return sync
 
 
+def sync_schedule(names: Names, job: dg.JobDefinition) -> dg.ScheduleDefinition:
+    """Return the schedule that asks for a pass each minute, but not for one behind another that has yet to begin."""
+
+    @dg.schedule(
+        name=names.of("sync_schedule"),
+        job=job,
+        cron_schedule="* * * * *",
+        description="A pass each minute, whether anything waits or not; an alternative to the sensor.",
+    )
+    def each_minute(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        for run, seconds in _in_progress(context.instance, names, job.name):
+            if seconds is None:
+                return dg.SkipReason(f"run {run.run_id[:8]} was asked for and has yet to begin")
+        return dg.RunRequest()
+
+    return each_minute
+
+
 def stream_sensor(
     names: Names, job: dg.JobDefinition, budget_seconds: float
 ) -> dg.SensorDefinition:

@@ -1,7 +1,6 @@
 """Replay, backfill, verify, checks, observations and alerts, run in the process of the test."""
 
 import logging
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -323,11 +322,11 @@ def test_a_run_that_cannot_read_its_configuration_is_told_with_the_reason_and_no
     first = tick(link, instance, "alert_sensor", channels=channels)
     job = dagster_runs.definitions(link).resolve_job_def("sync_job")
     begun = instance.create_run_for_job(job, tags=job.tags)
-    try:
+    with pytest.raises(ConfigurationError) as caught:
         load(link.config_path.with_name("nothing.yaml"))
-    except ConfigurationError:
-        # As the process of a run reports it when `sync.yaml` was removed after the code location had loaded.
-        error = EngineEventData.engine_error(serializable_error_info_from_exc_info(sys.exc_info()))
+    # As the process of a run reports it when `sync.yaml` was removed after the code location had loaded.
+    info = serializable_error_info_from_exc_info((caught.type, caught.value, caught.tb))
+    error = EngineEventData.engine_error(info)
     instance.report_engine_event("Could not load job definition.", begun, error)
     instance.report_run_failed(begun)
     tick(link, instance, "alert_sensor", cursor=first.cursor, channels=channels)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.schedule_definition import ScheduleExecutionData
 
 from sync_pipeline import database, definitions
 from sync_pipeline import link as links
@@ -263,6 +264,26 @@ def test_the_sensor_asks_less_and_less_often_while_runs_fail(
     assert run(link, instance).success
     add_family(link.crm, 2)
     assert len(tick(link, instance).requests) == 1
+
+
+def test_the_schedule_asks_for_no_run_behind_one_that_has_yet_to_begin(link: Pair) -> None:
+    found = dagster_runs.definitions(link)
+    job = found.resolve_job_def("sync_job")
+    with dg.instance_for_test() as instance:
+
+        def minute() -> ScheduleExecutionData:
+            context = dg.build_schedule_context(instance=instance)
+            return found.resolve_schedule_def("sync_schedule").evaluate_tick(context)
+
+        # A batch may take an hour.
+        instance.create_run_for_job(job, status=dg.DagsterRunStatus.STARTED, tags=job.tags)
+        assert len(minute().run_requests or []) == 1
+        queued = instance.create_run_for_job(
+            job, status=dg.DagsterRunStatus.NOT_STARTED, tags=job.tags
+        )
+        skipped = minute()
+    assert not skipped.run_requests
+    assert skipped.skip_message == f"run {queued.run_id[:8]} was asked for and has yet to begin"
 
 
 def test_the_sensor_leaves_runs_of_another_link_alone_whose_job_has_the_same_name(
