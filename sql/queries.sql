@@ -458,7 +458,11 @@ select
     bool_or(event_type = 'insert') as inserted,
     pg_catalog.range_agg(ids)::text as ids
 from (
-    select record_id, created_at as changed_at, event_type, pg_catalog.int8range(id, id, '[]') as ids
+    select
+        record_id,
+        coalesce(changed_at, created_at) as changed_at,
+        event_type,
+        pg_catalog.int8range(id, id, '[]') as ids
     from {schema}.sync_events
     where id between %(first_id)s and %(last_id)s
         and table_name = %(table_name)s
@@ -511,12 +515,12 @@ with aside as (
     where table_name = %(table_name)s
         and (%(ids)s::bigint[] is null or id = any (%(ids)s::bigint[]))
         and (%(record_ids)s::text[] is null or record_id = any (%(record_ids)s::text[]))
-    returning record_id, event_type, created_at
+    returning record_id, event_type, coalesce(changed_at, created_at) as changed_at
 )
 insert into {schema}.sync_failures as failure
     (table_name, record_id, state, next_attempt_at, error_class, error, event_type, changed_at)
 select
-    %(table_name)s, record_id, 'dead', null, %(error_class)s, %(error)s, max(event_type), max(created_at)
+    %(table_name)s, record_id, 'dead', null, %(error_class)s, %(error)s, max(event_type), max(changed_at)
 from aside
 group by record_id
 on conflict (table_name, record_id) do update
@@ -657,13 +661,13 @@ moved as (
         and event.id < upper(read_ids)
         and event.table_name = %(table_name)s
         and event.record_id = any (%(record_ids)s::text[])
-    returning event.record_id, event.event_type, event.created_at
+    returning event.record_id, event.event_type, coalesce(event.changed_at, event.created_at) as changed_at
 ),
 changes as (
     select
         record_id,
         case when bool_or(event_type = 'insert') then 'insert' else max(event_type) end as event_type,
-        max(created_at) as changed_at
+        max(changed_at) as changed_at
     from moved
     group by record_id
 )
@@ -808,13 +812,13 @@ with moved as (
     delete from {schema}.sync_events as event
     using unnest(%(ids)s::bigint[], %(record_ids)s::text[]) as given (id, record_id)
     where event.id = given.id
-    returning given.record_id, event.event_type, event.created_at
+    returning given.record_id, event.event_type, coalesce(event.changed_at, event.created_at) as changed_at
 )
 insert into {schema}.sync_failures as failure
     (table_name, record_id, state, next_attempt_at, error_class, error, event_type, changed_at)
 select
     %(table_name)s, record_id, 'held', null, %(error_class)s, %(error)s,
-    case when bool_or(event_type = 'insert') then 'insert' else max(event_type) end, max(created_at)
+    case when bool_or(event_type = 'insert') then 'insert' else max(event_type) end, max(changed_at)
 from moved
 group by record_id
 on conflict (table_name, record_id) do update

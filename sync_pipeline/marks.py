@@ -1,7 +1,7 @@
 """Marks: events written on an operator's behalf, so that records sync again. One statement each, set-based.
 
 A mark carries no data, so marking is harmless at any time and as often as one likes: the next pass reads the row as
-it is then.
+it is then. Nor is it a change: under `last_update_wins` a change of the other node wins over it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,8 @@ from sync_pipeline.capture import key_values, record_id
 from sync_pipeline.database import Connection, query, scalar
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.records import Column, Relation
+
+_LONG_AGO = sql.SQL("timestamptz 'epoch'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +84,13 @@ def mark_keys(
     columns = _key_columns(relation)
     names = [sql.Identifier(f"key {index}") for index in range(len(columns))]
     statement = sql.SQL(
-        """insert into {events} (table_name, record_id, event_type)
-select {table}, {record_id}, case when t.{first_column} is null then 'delete' else 'update' end
+        """insert into {events} (table_name, record_id, event_type, changed_at)
+select {table}, {record_id}, case when t.{first_column} is null then 'delete' else 'update' end, {long_ago}
 from (select distinct {keys} from unnest({ids}::text[]) as given (record_id)) as given
 left join {relation} as t on {same_key}
 order by {order}"""
     ).format(
+        long_ago=_LONG_AGO,
         events=_events(schema),
         table=relation.table,
         record_id=record_id(
@@ -120,12 +123,13 @@ def mark_rows(
 ) -> int:
     """Mark the rows of a table that meet an SQL condition, or all of them; rows that are not sent are left out."""
     statement = sql.SQL(
-        """insert into {events} (table_name, record_id, event_type)
-select {table}, {record_id}, 'update'
+        """insert into {events} (table_name, record_id, event_type, changed_at)
+select {table}, {record_id}, 'update', {long_ago}
 from {relation} as t
 where ({sent}) and ({condition})
 order by {keys}"""
     ).format(
+        long_ago=_LONG_AGO,
         events=_events(schema),
         table=relation.table,
         record_id=_record_id_of_row(relation),
@@ -170,8 +174,8 @@ def _chunk(schema: str, relation: Relation, size: int, after: str | None) -> sql
     limit {size}
 ),
 marked as (
-    insert into {events} (table_name, record_id, event_type)
-    select {table}, record_id, 'update' from chunk order by number
+    insert into {events} (table_name, record_id, event_type, changed_at)
+    select {table}, record_id, 'update', {long_ago} from chunk order by number
 )
 select count(*), (select record_id from chunk order by number desc limit 1) from chunk"""
     ).format(
@@ -181,6 +185,7 @@ select count(*), (select record_id from chunk order by number desc limit 1) from
         sent=_sent(relation),
         beyond=_beyond(relation, after),
         size=size,
+        long_ago=_LONG_AGO,
         events=_events(schema),
         table=relation.table,
     )

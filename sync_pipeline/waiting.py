@@ -121,8 +121,9 @@ class Waiting:
 
     def _copy(self, up_to: int) -> None:
         copied = sql.SQL(
-            'select id as event_id, table_name, record_id collate "C" as record_id, created_at as changed_at, '
-            "event_type from {events} where id > {bound} and id <= {up_to}"
+            'select id as event_id, table_name, record_id collate "C" as record_id, '
+            "coalesce(changed_at, created_at) as changed_at, event_type "
+            "from {events} where id > {bound} and id <= {up_to}"
         ).format(events=sql.Identifier(self.schema, "sync_events"), bound=self._bound, up_to=up_to)
         if self._is_copied:
             statement = sql.SQL("insert into {copy} {copied}")

@@ -10,7 +10,10 @@ create table {schema}.sync_events (
     event_type text not null default 'update',
     created_at timestamptz not null default clock_timestamp(),
     -- The transaction of the consumer whose rows let a trigger of the application make this change; else null.
-    caused_by xid8
+    caused_by xid8,
+    -- When the record was changed, if not at created_at: long ago says a mark that a command has written, so that it wins
+    -- over no change of the other node.
+    changed_at timestamptz
 )
 with (
     autovacuum_vacuum_scale_factor = 0,
@@ -129,7 +132,7 @@ set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 as $$
-    select record_id, created_at, event_type, id, caused_by
+    select record_id, coalesce(changed_at, created_at), event_type, id, caused_by
     from {schema}.sync_events
     where id > above_id and table_name = of_table
 $$;
@@ -143,7 +146,7 @@ set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_nestloop = off
 as $$
-    select event.record_id, event.created_at, event.event_type, event.id, event.caused_by
+    select event.record_id, coalesce(event.changed_at, event.created_at), event.event_type, event.id, event.caused_by
     from {schema}.sync_events as event
     join unnest(record_ids) as asked (record_id) on asked.record_id = event.record_id
     where event.id > above_id and event.table_name = of_table
