@@ -121,10 +121,15 @@ def _escaped(part: sql.Composable) -> sql.Composable:
 
 
 def connect(node: NodeConfig, config: Config, role: str) -> Connection:
-    """Open a connection with the pipeline's session settings. Raises `ConnectionFailed`, without any secret."""
+    """Open a connection with the pipeline's session settings. Raises `ConnectionFailed`, without any secret.
+
+    It leads to a primary, whatever the DSN says: a standby may lag behind what the other connections know. Only
+    `doctor` looks at a standby, and says what it is.
+    """
+    attributes = {} if role == "doctor" else {"target_session_attrs": "primary"}
     try:
         connection = psycopg.connect(
-            make_conninfo(node.dsn.get_secret_value(), **_PATIENCE),
+            make_conninfo(node.dsn.get_secret_value(), **_PATIENCE, **attributes),
             autocommit=True,
             cursor_factory=_Cursor,
             connect_timeout=CONNECT_TIMEOUT_SECONDS,

@@ -387,7 +387,8 @@ select
     pg_catalog.range_agg(changes.ids)::text as ids
 from (select record_id, {given} from unnest({record_ids}::text[]) as asked (record_id)) as given
 join (
-    select {changed}, coalesce(changed_at, created_at) as changed_at, event_type, pg_catalog.int8range(id, id, '[]') as ids
+    select {changed}, coalesce(changed_at, created_at) as changed_at, event_type,
+        pg_catalog.int8range(id, id, '[]') as ids
     from {events} as event
     where id between {first_id} and {last_id} and table_name = {table}
     union all

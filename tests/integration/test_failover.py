@@ -53,6 +53,12 @@ def replaced(pair: Pair, server: Server) -> Iterator[Pair]:
         yield Pair(crm, pair.billing, pair.config_path)
 
 
+def of_several(pair: Pair, *servers: Server) -> dict[str, str]:
+    """The variables of the pair, but the DSN of crm names several servers."""
+    hosts = ",".join(f"127.0.0.1:{server.port}" for server in servers)
+    return pair.environment | {dsn_variable("crm"): re.sub(r"@[^/]*", f"@{hosts}", pair.crm.dsn)}
+
+
 def add(node: Node, first: int, last: int) -> None:
     node.execute(
         "insert into accounts select g, 'account ' || g from generate_series(%s::int, %s::int) as g",
@@ -107,11 +113,7 @@ def test_a_replica_that_lacks_the_last_commits_takes_over_and_ids_come_back(
         replica.start()
         replica.promote()
         # One address list for both, as an application would have it: the consumer finds the new primary by itself.
-        both = re.sub(
-            r"@[^/]*", f"@127.0.0.1:{pair.crm.server.port},127.0.0.1:{replica.port}", pair.crm.dsn
-        )
-        dsns = pair.environment | {dsn_variable("crm"): f"{both}?target_session_attrs=read-write"}
-        config = load(pair.config_path, dsns)
+        config = load(pair.config_path, of_several(pair, pair.crm.server, replica))
         with replaced(pair, replica) as pair:  # noqa: PLR1704 - from here on it is another server
             add(pair.crm, 1001, 1050)
             assert last_id(pair.crm) <= 300, "the ids did not come back"
@@ -123,6 +125,21 @@ def test_a_replica_that_lacks_the_last_commits_takes_over_and_ids_come_back(
             mend(pair)
             assert equal(pair)
             assert pair.crm.value("select count(*) from accounts") == 350
+
+
+def test_a_consumer_works_on_the_primary_wherever_its_dsn_leads_first(
+    pair: Pair, directory: Path
+) -> None:
+    installed(pair)
+    with Replica.of(pair.crm.server, directory / "replica") as replica:
+        # One that lags: it shows none of the rows to come.
+        replica.stop()
+        (replica.data_directory / "postgresql.auto.conf").write_text("primary_conninfo = ''")
+        replica.start()
+        add(pair.crm, 1, 10)
+        stream.sync(load(pair.config_path, of_several(pair, replica, pair.crm.server)))
+    assert pair.crm.pending() == 0
+    assert equal(pair)
 
 
 @pytest.fixture
