@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sync_pipeline import install, verify
 from sync_pipeline.cli import app
 from sync_pipeline.database import connected
 from sync_pipeline.link import Link, lead
+from sync_pipeline.servers import Server
 from tests.engine import equal, installed, sync_pair
 from tests.helpers import Pair, Row, write_config
 
@@ -128,6 +130,25 @@ def test_links_within_the_runbook_lead_somewhere() -> None:
 def statement(section: str, start: str) -> str:
     (found,) = (text for text in statements(section) if start in text)
     return found
+
+
+def test_a_prepared_transaction_that_blocks_the_consumer_is_seen(tmp_path: Path) -> None:
+    with (
+        Server.create(tmp_path, settings={"max_prepared_transactions": 1}) as server,
+        psycopg.connect(server.dsn(), autocommit=True) as application,
+        psycopg.connect(
+            server.dsn(), autocommit=True, application_name="sync-pipeline sync writer"
+        ) as consumer,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        application.execute("create table users (id int)")
+        application.execute("begin; lock table users; prepare transaction 'forgotten'")
+        writing = pool.submit(consumer.execute, "insert into users values (1)")
+        while not (found := run(application, statement("The lag grows", "pg_blocking_pids"))):
+            assert not writing.done()
+        application.execute("rollback prepared 'forgotten'")
+        writing.result()
+    assert [row[2] for row in found] == [0]
 
 
 def test_a_record_that_changed_unseen_is_sent_by_one_insert(pair: Pair) -> None:
