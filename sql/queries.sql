@@ -1082,8 +1082,11 @@ select
     array(
         select attribute.attname::text
         from pg_catalog.pg_attribute as attribute
+        join pg_catalog.pg_type as type on type.oid = attribute.atttypid
         where attribute.attrelid = class.oid and attribute.attnum > 0 and not attribute.attisdropped
             and attribute.attnotnull and not attribute.atthasdef and attribute.attidentity = ''
+            -- A domain can have a default of its own.
+            and type.typdefault is null
         order by attribute.attnum
     ) as required_columns,
     array(

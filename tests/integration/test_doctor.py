@@ -324,6 +324,18 @@ def test_each_shape_of_a_table_that_can_hurt_is_named_with_its_remedy(pair: Pair
     assert {f.check for f in found} == {check for _, (_, check, _, _) in SHAPES.values()}
 
 
+def test_the_default_of_a_domain_is_one(pair: Pair) -> None:
+    on_both(
+        pair,
+        "create domain words as text default 'none'; "
+        "create table notes (id int primary key, word words not null)",
+    )
+    configure(pair, {"name": "notes", "exclude": ["word"]})
+    installed(pair)
+
+    assert findings(pair, "column") == []
+
+
 def test_a_table_that_once_had_an_heir_is_as_good_as_any(pair: Pair) -> None:
     pair.crm.execute("create table heir () inherits (accounts); drop table heir")
     installed(pair)
