@@ -43,8 +43,9 @@ class Names:
         return dg.AssetKey([*self._prefix, node, *table.split(".")])
 
     def link_asset(self, table: str) -> dg.AssetKey:
-        """The table over both nodes: `sync/users`."""
-        return dg.AssetKey([*self._prefix, "sync", *table.split(".")])
+        """The table over both nodes: `sync/users`; `link/users` where a node is called `sync`."""
+        taken = any(node.name == "sync" for node in self.config.nodes)
+        return dg.AssetKey([*self._prefix, "link" if taken else "sync", *table.split(".")])
 
     def link_assets(self) -> Iterator[tuple[str, dg.AssetKey]]:
         """Every synced table with its key over both nodes."""

@@ -102,6 +102,16 @@ def test_each_table_is_an_asset_on_both_nodes_and_one_over_both(link: Pair) -> N
     assert names == {"lag", "dead_letters", "verify"}
 
 
+def test_a_node_may_be_called_as_the_assets_over_both_are(tmp_path: Path) -> None:
+    nodes = {name: {"dsn": f"host=127.0.0.1 port=1 dbname={name}"} for name in ("sync", "billing")}
+    path = tmp_path / "sync.yaml"
+    path.write_text(yaml.safe_dump({"nodes": nodes, "tables": ["users"]}, sort_keys=False))
+    found = build_sync_definitions(load(path))
+    dg.Definitions.validate_loadable(found)
+    keys = found.resolve_asset_graph().get_all_asset_keys()
+    assert {key.path[0] for key in keys} == {"sync", "billing", "link"}
+
+
 def test_two_links_live_side_by_side_each_with_its_own_schema_locks_jobs_and_sensors(
     pair: Pair, instance: dg.DagsterInstance
 ) -> None:
