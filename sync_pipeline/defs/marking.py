@@ -73,7 +73,13 @@ def backfill_slice(context: dg.OpExecutionContext) -> None:
     """Mark every row whose key falls into the slice."""
     session: Session = context.resources.link
     config = session.config
-    table, number = _slices(config)[context.partition_key]
+    found = _slices(config).get(context.partition_key)
+    if found is None:
+        raise dg.Failure(
+            description=f"no slice of a synced table is called `{context.partition_key}`; `sync.yaml` may have changed",
+            allow_retries=False,
+        )
+    table, number = found
     node = context.run_tags.get(FROM_TAG, _first_sender(config, table))
 
     def mark(connections: dict[str, Connection]) -> int:

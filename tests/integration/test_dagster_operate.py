@@ -110,6 +110,14 @@ def test_a_slice_that_cannot_be_marked_fails_in_one_line_without_a_value(
     ]
 
 
+def test_a_slice_of_a_table_that_is_no_longer_synced_fails_in_plain_words(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    result = run(link, instance, "backfill_job", tags={"dagster/partition": "gone/01-of-16"})
+    assert not result.success
+    assert failure_of(result).startswith("no slice of a synced table is called `gone/01-of-16`")
+
+
 def test_a_slice_of_a_table_with_a_composite_key_is_marked(
     pair: Pair, instance: dg.DagsterInstance
 ) -> None:
