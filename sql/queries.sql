@@ -553,7 +553,7 @@ where state = 'dead'
     and table_name = any (%(tables)s::text[])
 
 -- name: read_due_failures
--- The records whose next attempt is due, without those whose events bring them along anyway.
+-- Some of the records whose next attempt is due, longest first, without those whose events bring them along anyway.
 select failure.table_name, failure.record_id
 from {schema}.sync_failures as failure
 where failure.next_attempt_at <= pg_catalog.clock_timestamp()
@@ -563,6 +563,7 @@ where failure.next_attempt_at <= pg_catalog.clock_timestamp()
         where event.table_name = failure.table_name and event.record_id = failure.record_id
     )
 order by failure.next_attempt_at
+limit %(at_most)s
 
 -- name: has_failures
 -- True when any record of this node failed before.

@@ -34,6 +34,8 @@ ROWS_IN_MEMORY_BYTES = 8 * 1024 * 1024
 CHUNK_BYTES = 65536
 EMPTY = "{}"
 LAST_ID = 2**63 - 2
+# In one pass, which holds their names in memory.
+MOST_RETRIES = 100_000
 # What the function `has_lost_rows` raises.
 ROWS_LOST = "SY001"
 
@@ -190,11 +192,16 @@ class Snapshot:
         )
 
     def retries(self, size: int) -> list[Intake]:
-        """Return the records whose next attempt is due and that have no events, at most `size` in one intake."""
+        """Return records whose next attempt is due and that have no events, at most `size` in one intake.
+
+        Where there are more than MOST_RETRIES, the next pass takes the others.
+        """
         if not self.moment.failures_are_due:
             return []
         with self._lock:
-            rows = self._connection.execute(self._query("read_due_failures")).fetchall()
+            rows = self._connection.execute(
+                self._query("read_due_failures"), {"at_most": MOST_RETRIES}
+            ).fetchall()
         intakes = []
         for start in range(0, len(rows), size):
             records: dict[str, list[str]] = {}

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.engine import equal, installed, sync_pair
+from sync_pipeline import snapshot
+from tests.engine import equal, installed, sync_pair, totals
 from tests.helpers import Pair
 
 pytestmark = pytest.mark.core
@@ -31,5 +32,21 @@ def test_a_failure_that_is_due_while_its_record_has_an_event_is_one_record(
 
     pair.crm.execute("update users set age = 30 where id = 1")
     sync_pair(pair)
+    assert equal(pair)
+    assert pair.crm.rows("sync.sync_failures") == []
+
+
+def test_more_failures_than_a_pass_takes_are_retried_by_the_next(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(pair)
+    pair.billing.execute("alter table accounts add constraint short check (length(name) < 3)")
+    for number in range(5):
+        pair.crm.insert("accounts", id=number, name="long")
+    sync_pair(pair)
+    pair.billing.execute("alter table accounts drop constraint short")
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    monkeypatch.setattr(snapshot, "MOST_RETRIES", 2)
+    assert totals(pair).passes == 3
     assert equal(pair)
     assert pair.crm.rows("sync.sync_failures") == []
