@@ -137,11 +137,35 @@ left join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnames
 order by asked.position
 
 -- name: list_tables
--- Every table of the applications: no system's, no extension's, no pipeline's, no partition; and what it refers to.
+-- Every table of the applications: no system's, no extension's, no pipeline's, no partition; what could be its key if it
+-- has no primary key; and what it refers to.
 select
     namespace.nspname as schema_name,
     class.relname as table_name,
     pg_catalog.pg_table_is_visible(class.oid) as visible,
+    coalesce((
+        select array(
+            select attribute.attname::text
+            from unnest(index.indkey::smallint[]) with ordinality as part (attnum, position)
+            join pg_catalog.pg_attribute as attribute
+                on attribute.attrelid = class.oid and attribute.attnum = part.attnum and attribute.attnotnull
+            where part.position <= index.indnkeyatts
+            order by part.position
+        )
+        from pg_catalog.pg_index as index
+        where index.indrelid = class.oid and index.indisunique and index.indisvalid and index.indimmediate
+            and not index.indisexclusion and index.indpred is null and index.indexprs is null
+            and not exists (select from pg_catalog.pg_index where indrelid = class.oid and indisprimary)
+            and not exists (
+                select
+                from unnest(index.indkey::smallint[]) with ordinality as part (attnum, position)
+                join pg_catalog.pg_attribute as attribute
+                    on attribute.attrelid = class.oid and attribute.attnum = part.attnum
+                where part.position <= index.indnkeyatts and not attribute.attnotnull
+            )
+        order by index.indnkeyatts, index.indexrelid
+        limit 1
+    ), '{}') as key,
     array(
         select distinct parent_namespace.nspname || '.' || parent.relname
         from pg_catalog.pg_constraint as reference

@@ -34,11 +34,15 @@ _MIGRATIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A table of one node. `parents` are the tables it refers to, with their schemas."""
+    """A table of one node. `parents` are the tables it refers to, with their schemas.
+
+    `key` are unique columns, none of them null, of a table without a primary key, as tables that join two others have.
+    """
 
     schema_name: str
     table_name: str
     visible: bool
+    key: list[str]
     parents: list[str]
 
 
@@ -148,7 +152,13 @@ def _config(name: str, both: dict[str, Found]) -> TableConfig:
         node: SideConfig(table=(table.schema_name, table.table_name))
         for node, table in both.items()
     }
-    return TableConfig(name=name, sides=sides)
+    return TableConfig(name=name, sides=sides, key=_key(both))
+
+
+def _key(both: dict[str, Found]) -> tuple[str, ...] | None:
+    """Return the columns to name as the key: neither node has a primary key, and both have the same unique columns."""
+    one, two = both.values()
+    return tuple(one.key) if one.key and sorted(one.key) == sorted(two.key) else None
 
 
 def _remarks(relations: dict[str, Relation], unsynced: list[str]) -> list[str]:
@@ -177,6 +187,8 @@ def _entry(
         if name != f"{table.schema_name}.{table.table_name}"
         and not (table.visible and name == table.table_name)
     ]
+    if (named := _key(both)) is not None:
+        lines.append(f"key: {_flow(named)}\n")
     fields = [each for relation in relations.values() for each in relation.missing_fields]
     if fields:
         lines.append(f"exclude: {_flow(fields)} # only one node has it; remove this once both do\n")

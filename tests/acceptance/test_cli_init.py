@@ -67,6 +67,22 @@ def test_what_cannot_be_synced_is_left_out_with_the_reason(bare: Pair) -> None:
     assert "log: crm: the table has no primary key" in text(bare)
 
 
+def test_a_table_that_joins_two_others_is_proposed_with_its_unique_columns_as_key(
+    bare: Pair,
+) -> None:
+    for node in bare.nodes:
+        node.execute(
+            'create table "_Tags" ("A" int not null references accounts, "B" int not null)'
+        )
+        node.execute('create unique index on "_Tags" ("A", "B")')
+    assert "_Tags" in proposed(bare)["tables"]
+    succeed(bare, "install")
+    bare.crm.insert("accounts", id=1, name="one")
+    bare.crm.execute('insert into "_Tags" values (1, 7)')
+    succeed(bare, "sync")
+    assert bare.billing.rows('select * from "_Tags"') == [(1, 7)]
+
+
 def test_what_a_node_notes_of_its_own_migrations_is_left_out(bare: Pair) -> None:
     for node in bare.nodes:
         node.execute("create table schema_migrations (version text primary key)")
