@@ -89,7 +89,12 @@ def build_sync_definitions(
 
 def _channels() -> list[alerts.Channel]:
     webhook = os.environ.get(WEBHOOK_VARIABLE)
-    return [alerts.log_channel, *([alerts.webhook_channel(webhook)] if webhook else [])]
+    if not webhook:
+        return [alerts.log_channel]
+    try:
+        return [alerts.log_channel, alerts.webhook_channel(webhook)]
+    except ValueError as error:
+        raise ValueError(f"{WEBHOOK_VARIABLE}: {error}") from None
 
 
 @dg.io_manager(description="Descriptors of a pass, kept in the run's own process")

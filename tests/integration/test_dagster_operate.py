@@ -445,6 +445,14 @@ def test_alerts_go_to_the_log_and_to_the_webhook_of_the_environment(
     assert (logging.ERROR, text) in [(entry.levelno, entry.message) for entry in caplog.records]
 
 
+def test_an_address_that_is_none_is_refused_with_the_name_of_its_variable(
+    link: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SYNC_ALERT_WEBHOOK", "chat.example.org/hook")
+    with pytest.raises(ValueError, match=r"SYNC_ALERT_WEBHOOK: .* https://"):
+        dagster_runs.definitions(link)
+
+
 def test_an_alert_that_could_not_be_delivered_is_sent_again(
     link: Pair, instance: dg.DagsterInstance
 ) -> None:
