@@ -6,8 +6,8 @@ STAMP := $(VENV)/.installed
 # The first Python on the path that is new enough; `make PYTHON=/path/to/python3.12 setup` chooses another.
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
-# Two workers: each runs two PostgreSQL servers of its own, and two cores are busy with that.
-WORKERS ?= 2
+# For two cores: each worker runs two PostgreSQL servers of its own, and tests of Dagster wait for most of their time.
+WORKERS ?= 3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
