@@ -86,7 +86,12 @@ POINTS = {
 }
 
 
-if __name__ == "__main__":
-    number = signal.Signals[sys.argv[3]]
-    with POINTS[sys.argv[1]].struck_by(lambda: os.kill(os.getpid(), number), source=sys.argv[2]):
+def consume(point: str, source: str, signal_name: str) -> None:
+    """Sync until nothing is pending, but for the signal that this process gets at a point."""
+    number = signal.Signals[signal_name]
+    with POINTS[point].struck_by(lambda: os.kill(os.getpid(), number), source=source):
         stream.sync(load())
+
+
+if __name__ == "__main__":
+    consume(*sys.argv[1:])

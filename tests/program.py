@@ -1,33 +1,77 @@
 """The program as its users run it: a process of its own, with nothing but arguments and variables."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing import forkserver
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
+from sync_pipeline import cli
 from tests.helpers import Pair
 
 TIMEOUT_SECONDS = 60
 PROGRAM = (sys.executable, "-m", "sync_pipeline")
+# Most of what a short command costs are its imports. The process that is forked for each has done them.
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload([__name__])
 
 
 def run(
     pair: Pair, *arguments: str, configured: bool = True, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end. It reads the pair's configuration unless `configured` is false."""
-    return subprocess.run(
-        _command(pair, arguments, configured=configured),
-        env=variables(pair) | environment,
-        cwd=pair.config_path.parent,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
+    command = _command(pair, arguments, configured=configured)
+    return forked(pair, _be_the_program, command[len(PROGRAM) - 1 :], **environment)
+
+
+def forked(
+    pair: Pair, work: Callable[..., None], *arguments: object, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a function to its end in a process of its own, with a pair's variables, in the folder of its `sync.yaml`."""
+    with TemporaryDirectory() as directory:
+        outputs = Path(directory, "stdout"), Path(directory, "stderr")
+        with mock.patch.dict(os.environ, variables(pair), clear=True):
+            forkserver.ensure_running()
+        process = _FORKS.Process(
+            target=_take_on,
+            args=(variables(pair) | environment, pair.config_path.parent, outputs, work, arguments),
+        )
+        process.start()
+        process.join(TIMEOUT_SECONDS)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(work.__name__, TIMEOUT_SECONDS)
+        stdout, stderr = (output.read_text(encoding="utf-8") for output in outputs)
+        return subprocess.CompletedProcess(work.__name__, process.exitcode, stdout, stderr)
+
+
+def _take_on(
+    environment: Mapping[str, str],
+    directory: Path,
+    outputs: Sequence[Path],
+    work: Callable[..., None],
+    arguments: Sequence[object],
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    for number, output in enumerate(outputs, start=1):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8") for number in (1, 2))
+    work(*arguments)
+
+
+def _be_the_program(command: Sequence[str]) -> None:
+    sys.argv = list(command)
+    cli.main()
 
 
 def succeed(pair: Pair, *arguments: str) -> str:

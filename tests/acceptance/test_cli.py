@@ -16,7 +16,17 @@ from typer.testing import CliRunner
 from sync_pipeline.cli import app, main
 from tests.engine import installed, sync_pair
 from tests.helpers import Pair, write_config
-from tests.program import PROGRAM, answer, line_with, refused, run, running, stop, succeed
+from tests.program import (
+    PROGRAM,
+    answer,
+    line_with,
+    refused,
+    run,
+    running,
+    stop,
+    succeed,
+    variables,
+)
 
 MANUAL = Path(__file__).parents[2] / "docs" / "commands.md"
 COMMANDS = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -111,8 +121,13 @@ def test_an_interrupt_while_the_program_is_still_being_imported_shows_no_traceba
 ) -> None:
     (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
     python_path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    result = run(pair, "--version", configured=False, PYTHONPATH=python_path)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+    result = subprocess.run(
+        [*PROGRAM, "--version"],
+        env=variables(pair) | {"PYTHONPATH": python_path},
+        capture_output=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
 
 
 def test_the_configuration_is_found_by_option_variable_or_folder(link: Pair) -> None:

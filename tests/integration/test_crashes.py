@@ -1,32 +1,19 @@
 """Every crash window of the protocol, with a consumer that is really killed."""
 
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.bookkeeping import assert_each_write_had_its_effect_once, go_on, keep_books, work
-from tests.crashing import POINTS
+from tests.crashing import POINTS, consume
 from tests.engine import installed, sync_pair
 from tests.helpers import NODES, Pair, write_config
-
-ROOT = Path(__file__).parents[2]
+from tests.program import forked
 
 
 def crash(pair: Pair, point: str, source: str = "crm") -> None:
     """Run a consumer that dies at `point` of the direction from `source`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.crashing", point, source, "SIGKILL"],
-        cwd=ROOT,
-        env={**os.environ, **pair.environment, "SYNC_CONFIG": str(pair.config_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = forked(pair, consume, point, source, "SIGKILL", SYNC_CONFIG=str(pair.config_path))
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 

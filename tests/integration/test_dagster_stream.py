@@ -121,7 +121,7 @@ def test_the_stream_sensor_has_a_successor_stand_by_before_a_run_ends(
         dagster_runs.pass_time(monkeypatch, 570)
         enough = tick(link, instance, "stream_sensor")
     assert early.requests == []
-    assert "100 seconds left; backend " in early.skipped
+    assert "seconds left; backend " in early.skipped
     assert len(due.requests) == 1
     assert enough.requests == []
 
