@@ -148,20 +148,23 @@ def divide(applier: Applier, refused: Sequence[Refusal]) -> tuple[list[Refusal],
     for table in dict.fromkeys(r.table for r in refused if r.error_class in VIOLATIONS):
         for holder in holders(applier, table):
             held.setdefault((table, holder.number), []).append(holder)
-    hopeless: set[tuple[str, int | None]] = set()
-    while True:
-        more: set[tuple[str, int | None]] = {
-            (refusal.table, refusal.number)
-            for refusal in refused
-            if refusal.error_class not in VIOLATIONS
-            or any(
-                holder.held_by is None or (refusal.table, holder.held_by) in hopeless
-                for holder in held.get((refusal.table, refusal.number), [])
+    hopeless = {
+        (refusal.table, refusal.number)
+        for refusal in refused
+        if refusal.error_class not in VIOLATIONS
+        or any(holder.held_by is None for holder in held.get((refusal.table, refusal.number), []))
+    }
+    wanting: dict[tuple[str, int | None], list[tuple[str, int]]] = {}
+    for refusal in refused:
+        for holder in held.get((refusal.table, refusal.number), []):
+            wanting.setdefault((refusal.table, holder.held_by), []).append(
+                (refusal.table, refusal.number)
             )
-        }
-        if more == hopeless:
-            break
-        hopeless = more
+    spreading = list(hopeless)
+    while spreading:
+        more = [each for each in wanting.get(spreading.pop(), []) if each not in hopeless]
+        hopeless.update(more)
+        spreading += more
     named = [_name(refusal, held.get((refusal.table, refusal.number), [])) for refusal in refused]
     return (
         [refusal for refusal in named if (refusal.table, refusal.number) not in hopeless],

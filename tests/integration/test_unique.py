@@ -1,8 +1,10 @@
 """Records that exchange unique values converge; a real collision is seen, and no row goes to make room."""
 
+from unittest import mock
+
 import pytest
 
-from sync_pipeline import companions
+from sync_pipeline import companions, isolation
 from sync_pipeline.companions import Companions
 from tests.engine import sync_pair, totals
 from tests.helpers import Node, Pair
@@ -324,6 +326,25 @@ def test_a_swap_is_not_spoilt_by_a_real_collision_in_the_same_batch(pair: Pair) 
     assert (first[1], second[1]) == ("3", "4")
     assert "held by record 9" in first[3]
     assert "held by record 3" in second[3]
+
+
+def test_a_whole_table_of_positions_shifts_in_few_turns_beside_a_record_that_fails(
+    pair: Pair,
+) -> None:
+    rows = 300
+    link(pair, SEATS.format("int not null"), "seats")
+    pair.crm.execute(f"insert into seats select n, n from generate_series(1, {rows}) as n")
+    converge(pair, "seats")
+    pair.billing.execute("alter table seats add check (word <> 'bad')")
+    with pair.crm.connect(autocommit=False) as session:
+        session.execute("update seats set place = place + 1000")
+        session.execute("update seats set place = place - 999")
+        session.execute("insert into seats values (0, 0, 'bad')")
+    with mock.patch.object(isolation, "_one_by_one", wraps=isolation._one_by_one) as turn:
+        sync_pair(pair)
+    assert [failure[:3] for failure in failures(pair.crm)] == [("seats", "0", "23514")]
+    assert texts(pair.billing, "seats", "id, place") == texts(pair.crm, "seats", "id, place")[1:]
+    assert sum(len(call.args[3]) for call in turn.call_args_list) <= 3 * rows
 
 
 def test_a_row_of_the_targets_own_work_is_never_moved(pair: Pair) -> None:
