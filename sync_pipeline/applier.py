@@ -7,8 +7,16 @@ from typing import Any, Literal, LiteralString
 import psycopg
 from psycopg import sql
 
+from sync_pipeline import queries
 from sync_pipeline.catalog import Catalog
-from sync_pipeline.database import Connection, compiled, server_encoding
+from sync_pipeline.database import (
+    DATA_CLASSES,
+    Connection,
+    compiled,
+    error_class,
+    query,
+    server_encoding,
+)
 from sync_pipeline.errors import CatalogMismatch
 from sync_pipeline.records import Counts, Failure
 from sync_pipeline.snapshot import Part
@@ -252,6 +260,45 @@ class Applier:
                 if refusal.number in ids
             ]
         return failures
+
+
+# Number of a record, how many rows were written, and SQLSTATE, message and detail where it was refused.
+Trial = tuple[int, int, str | None, str, str | None]
+
+
+def try_each(
+    connection: Connection, schema: str, statement: sql.Composed, numbers: Sequence[int]
+) -> list[Trial]:
+    """Execute a statement for each record number on the server; return what came of each.
+
+    Where a function of the application raises a class that PostgreSQL knows for something else, or does not know, each
+    in a round trip of its own.
+    """
+    parameters = {
+        "statement": statement.as_string(connection),
+        "numbers": list(numbers),
+        "data_classes": sorted(DATA_CLASSES),
+    }
+    try:
+        with connection.transaction():
+            return connection.execute(query(queries.get("try_each", schema)), parameters).fetchall()
+    except psycopg.Error as error:
+        if error_class(error) != "data":
+            raise
+        if len(numbers) == 1:
+            said = error.diag
+            return [
+                (
+                    numbers[0],
+                    0,
+                    error.sqlstate,
+                    said.message_primary or str(error),
+                    said.message_detail,
+                )
+            ]
+    return [
+        trial for number in numbers for trial in try_each(connection, schema, statement, [number])
+    ]
 
 
 # Foreign keys and unique values: another record of the same statement may be what is missing or in the way.

@@ -12,8 +12,16 @@ import psycopg
 from psycopg import sql
 
 from sync_pipeline import parking, queries
-from sync_pipeline.applier import MAY_PASS_LATER, Applier, Refusal, Step, bounded, describe
-from sync_pipeline.database import DATA_CLASSES, error_class, query
+from sync_pipeline.applier import (
+    MAY_PASS_LATER,
+    Applier,
+    Refusal,
+    Step,
+    bounded,
+    describe,
+    try_each,
+)
+from sync_pipeline.database import error_class, query
 from sync_pipeline.records import Counts, Failure
 from sync_pipeline.snapshot import Part
 from sync_pipeline.statements import TableStatements
@@ -66,14 +74,8 @@ def leave_out_unreadable(applier: Applier, schema: str, part: Part) -> list[Fail
     statements = applier.statements(part.table)
     if statements.raw is None or not part.count:
         return []
-    rows = applier.connection.execute(
-        query(queries.get("try_each", schema)),
-        {
-            "statement": statements.read_each.as_string(applier.connection),
-            "numbers": list(range(part.first_number, part.last_number + 1)),
-            "data_classes": sorted(DATA_CLASSES),
-        },
-    ).fetchall()
+    numbers = range(part.first_number, part.last_number + 1)
+    rows = try_each(applier.connection, schema, statements.read_each, numbers)
     refused = [
         Refusal(part.table, number, sqlstate, bounded(sqlstate, message, detail))
         for number, _, sqlstate, message, detail in rows
@@ -81,12 +83,12 @@ def leave_out_unreadable(applier: Applier, schema: str, part: Part) -> list[Fail
     ]
     if not refused:
         return []
-    numbers = [refusal.number for refusal in refused]
-    gone = applier.connection.execute(statements.gone_among, {"numbers": numbers}).fetchall()
+    unreadable = [refusal.number for refusal in refused]
+    gone = applier.connection.execute(statements.gone_among, {"numbers": unreadable}).fetchall()
     failures = applier.failures(
         [r for r in refused if (r.number,) not in gone or r.error_class not in NO_TEXT_HERE]
     )
-    applier.unstage(numbers, part.table)
+    applier.unstage(unreadable, part.table)
     return failures
 
 
@@ -183,20 +185,7 @@ def _one_by_one(
         else single.delete(0, of_all=False)
     )
     statement = sql.SQL("with {} select {}").format(sql.SQL(", ").join(parts), count)
-    parameters = {
-        "statement": statement.as_string(connection),
-        "numbers": numbers,
-        "data_classes": sorted(DATA_CLASSES),
-    }
-    try:
-        with connection.transaction():
-            rows = connection.execute(query(queries.get("try_each", schema)), parameters).fetchall()
-    except psycopg.Error as error:
-        if error_class(error) != "data":
-            raise
-        # A trigger of the application raised a class that PostgreSQL knows for something else, or does not know.
-        connection.execute(single.drop_stage)
-        return [r for n in numbers for r in _alone(applier, step, counts, n)]
+    rows = try_each(connection, schema, statement, numbers)
     connection.execute(single.drop_stage)
     entry = counts.setdefault(table, Counts())
     refused = []

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sync_pipeline import queries
-from sync_pipeline.applier import bounded
+from sync_pipeline.applier import bounded, try_each
 from sync_pipeline.config import RetryConfig
-from sync_pipeline.database import DATA_CLASSES, Connection, query, scalar, server_encoding
+from sync_pipeline.database import Connection, query, scalar, server_encoding
 from sync_pipeline.records import Failure, Relation
 from sync_pipeline.snapshot import EMPTY, LAST_ID, Part, count, one_row
 
@@ -132,14 +132,8 @@ def set_aside_unreadable(
     events: dict[str, list[int]] = {record_id: [] for record_id in part.retried}
     events |= dict(found)
     record_ids = list(events)
-    tried = connection.execute(
-        query(queries.get("try_each", schema)),
-        {
-            "statement": one_row(relation, record_ids).as_string(connection),
-            "numbers": list(range(1, len(record_ids) + 1)),
-            "data_classes": sorted(DATA_CLASSES),
-        },
-    ).fetchall()
+    numbers = range(1, len(record_ids) + 1)
+    tried = try_each(connection, schema, one_row(relation, record_ids), numbers)
     return sum(
         _set_aside(
             connection,

@@ -292,6 +292,29 @@ def test_a_row_for_which_the_condition_of_its_table_fails_is_set_aside_alone(pai
     assert pair.crm.rows(states) == [("4", "dead", "22P02")]
 
 
+@pytest.mark.parametrize(
+    ("fails", "error_class"),
+    [
+        ("raise exception 'no' using errcode = 'AB001'", "AB001"),
+        ("raise exception 'no' using errcode = '40001'", "40001"),
+        ("assert false", "P0004"),
+        ("perform count(*) from forgotten", "42P01"),
+    ],
+)
+def test_a_row_for_which_a_function_in_the_condition_fails_in_any_way_is_set_aside_alone(
+    pair: Pair, fails: str, error_class: str
+) -> None:
+    ddl = f"""create table t (id int primary key, word text);
+        create function is_fine(word text) returns boolean language plpgsql as
+        $$ begin if word = 'bad' then {fails}; end if; return true; end $$"""
+    link(pair, ddl, {"name": "t", "where": {"crm": "is_fine(word)"}})
+    pair.crm.execute("insert into t values (1, 'good'), (2, 'bad'), (3, 'good')")
+    sync_pair(pair)
+    assert texts(pair.billing, "t") == ["(1,good)", "(3,good)"]
+    states = "select record_id, state, error_class from sync.sync_failures"
+    assert pair.crm.rows(states) == [("2", "dead", error_class)]
+
+
 def test_a_row_that_is_mended_while_it_is_set_aside_is_sent(pair: Pair) -> None:
     children = {"name": "children", "where": {"crm": "word::int > 0"}}
     link(pair, FAMILY, children, "parents")
