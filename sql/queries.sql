@@ -568,12 +568,13 @@ where table_name = %(table_name)s
     and next_attempt_at is not null
 
 -- name: revive_failures
--- Make due what was set aside while its table was not synced.
+-- Make due what was set aside while its table was not synced. The same SQLSTATE can come from a trigger of the target.
 update {schema}.sync_failures
 set state = 'retrying',
     next_attempt_at = pg_catalog.clock_timestamp()
 where state = 'dead'
     and error_class = '42P01'
+    and error like 'no table %% is synced from %%'
     and table_name = any (%(tables)s::text[])
 
 -- name: read_due_failures

@@ -3,6 +3,7 @@
 import pytest
 
 from sync_pipeline import snapshot
+from sync_pipeline.link import lead
 from tests.engine import equal, installed, sync_pair, totals
 from tests.helpers import Pair
 
@@ -50,3 +51,18 @@ def test_more_failures_than_a_pass_takes_are_retried_by_the_next(
     assert totals(pair).passes == 3
     assert equal(pair)
     assert pair.crm.rows("sync.sync_failures") == []
+
+
+def test_a_dead_failure_of_a_trigger_that_misses_a_table_is_not_revived(pair: Pair) -> None:
+    pair.config_path.write_text(f"{pair.config_path.read_text()}retry: {{max_attempts: 1}}\n")
+    config = installed(pair)
+    pair.billing.execute(
+        """create function careless() returns trigger language plpgsql as
+            $$ begin perform count(*) from forgotten; return new; end $$;
+        create trigger careless before insert on accounts for each row execute function careless()"""
+    )
+    pair.crm.insert("accounts", id=1, name="one")
+    sync_pair(pair)
+    with lead(config):
+        states = "select record_id, state, error_class from sync.sync_failures"
+        assert pair.crm.rows(states) == [("1", "dead", "42P01")]
