@@ -1,6 +1,6 @@
 """One batch on the target: stage, apply, check under our row locks, settle conflicts, record in the ledger, commit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,7 @@ from sync_pipeline.conflicts import Decision
 from sync_pipeline.database import error_class, query, scalar
 from sync_pipeline.errors import PassInterrupted
 from sync_pipeline.outbox import Outcome
-from sync_pipeline.records import Counts, Failure
+from sync_pipeline.records import Counts, Failure, ForeignKey
 from sync_pipeline.snapshot import Change, Intake, Snapshot, require_widths
 from sync_pipeline.waiting import Dirty, Waiting
 
@@ -264,7 +264,8 @@ class Batch:
 
     def _run(self, steps: list[Step]) -> None:
         for step in steps:
-            self._guard_parents(step)
+            if self._guard_parents(step, ()):
+                raise psycopg.errors.ForeignKeyViolation("rows that have to wait refer to others")
             self.applier.run(step, self.counts)
             self._done.append(step)
 
@@ -282,10 +283,14 @@ class Batch:
         self.applier.defer_constraints()
         self.applier.survey()
 
-    def _guard_parents(self, step: Step) -> None:
-        """Before a parent is deleted: rows that still refer to it are the target's own work, so it stays."""
+    def _guard_parents(self, step: Step, refused: Sequence[Refusal]) -> list[Refusal]:
+        """Before a parent is deleted: rows that still refer to it are the target's own work, so it stays.
+
+        But where such a row is one that was refused, its parent is refused as well and returned; so is one that the
+        target could not send back.
+        """
         if step.phase != "delete":
-            return
+            return []
         applier = self.applier
         if applier.catalog.left_out:
             for table in step.tables:
@@ -293,9 +298,58 @@ class Batch:
         guarded = [table for table in step.tables if table in applier.catalog.referenced]
         for table in guarded:
             self._connection.execute(applier.statements(table).lock_gone)
+        waiting = self._refuse_parents_of(refused, guarded)
         # A parent that stays refers to parents itself: those may be among the records of this very step.
-        while any(self._keep_referenced(step, table) for table in guarded):
+        while any(self._keep_referenced(step, table, waiting) for table in guarded):
             pass
+        return waiting
+
+    def _refuse_parents_of(self, refused: Sequence[Refusal], tables: list[str]) -> list[Refusal]:
+        """Refuse to delete what records refer to whose own change was refused, and so on."""
+        named = self._not_applied(refused)
+        parents: list[Refusal] = []
+        while named:
+            more = [
+                refusal
+                for table in tables
+                for child, key in self._children(table)
+                for refusal in self._refused(
+                    table,
+                    child,
+                    self._connection.execute(
+                        self.applier.statements(table).referenced_by(
+                            self.applier.statements(child), key
+                        ),
+                        {"record_ids": [rid for name, rid in named if name == child]},
+                    ).fetchall(),
+                )
+            ]
+            named = self._not_applied(more) if more else set()
+            parents += more
+        return parents
+
+    def _not_applied(self, refused: Sequence[Refusal]) -> set[tuple[str, str]]:
+        """Return the records, by table and record_id, of which the target has not got the source's change."""
+        failures = [*self._failures, *self.applier.failures(refused)]
+        return self._companions.unreadable.union(
+            (failure.table_name, failure.record_id) for failure in failures if not failure.held
+        )
+
+    def _refused(self, table: str, child: str, found: list[tuple[int, str]]) -> list[Refusal]:
+        refused = [
+            Refusal(
+                table, number, isolation.FOREIGN_KEY_VIOLATION, f"rows of {child} still refer to it"
+            )
+            for number, _ in found
+        ]
+        parking.sit_out(self.applier, refused)
+        return refused
+
+    def _children(self, table: str) -> Iterator[tuple[str, ForeignKey]]:
+        for child in self.applier.catalog.tables:
+            for key in self.applier.catalog.relation(self.target, child).foreign_keys:
+                if key.parent == table:
+                    yield child, key
 
     def _await_absent_children(self, table: str) -> None:
         """Let a delete wait while a row refers to it whose table is left out: nobody can say whose work that row is."""
@@ -316,24 +370,24 @@ class Batch:
                 applier.unstage([number for number, _ in rows], table)
                 self._waiting.setdefault(table, []).extend(record_id for _, record_id in rows)
 
-    def _keep_referenced(self, step: Step, table: str) -> bool:
+    def _keep_referenced(self, step: Step, table: str, waiting: list[Refusal]) -> bool:
         applier = self.applier
         parent = applier.statements(table)
         found = False
-        for child_table in applier.catalog.tables:
-            child = applier.statements(child_table)
+        for child_table, key in self._children(table):
             together = child_table in step.tables and child_table in applier.staged
-            for key in applier.catalog.relation(self.target, child_table).foreign_keys:
-                if key.parent != table:
-                    continue
-                kept = self._connection.execute(
-                    parent.still_referenced(child, key, child_is_staged=together)
-                ).fetchall()
-                if kept and not self._gathered:
-                    raise _ChildrenLeftError
-                if kept:
-                    self._keep_parents(table, kept, child_table)
-                    found = True
+            kept = self._connection.execute(
+                parent.still_referenced(
+                    applier.statements(child_table), key, child_is_staged=together
+                )
+            ).fetchall()
+            if kept and not self._gathered:
+                raise _ChildrenLeftError
+            if kept and not self.config.table(table).sends(self.target):
+                waiting += self._refused(table, child_table, kept)
+            elif kept:
+                self._keep_parents(table, kept, child_table)
+            found = found or bool(kept)
         return found
 
     def _keep_parents(self, table: str, kept: list[tuple[int, str]], child: str) -> None:

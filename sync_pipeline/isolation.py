@@ -42,10 +42,11 @@ def isolate(
     schema: str,
     steps: Sequence[Step],
     counts: dict[str, Counts],
-    prepare_step: Callable[[Step], None],
+    prepare_step: Callable[[Step, Sequence[Refusal]], list[Refusal]],
 ) -> list[Refusal]:
     """Apply steps so that a record which the target refuses fails alone; return the refused records.
 
+    `prepare_step` is called before each with those refused so far, and returns what is to be refused as well.
     Records that failed on a foreign key or a unique value get another turn once the others are in: what was missing
     may have come, what was in the way may be gone. Each turn goes the other way round, since such records often wait
     for the next or for the one before. What still waits after some turns is refused: of ten thousand in a chain of no
@@ -53,7 +54,7 @@ def isolate(
     """
     refused: list[Refusal] = []
     for step in steps:
-        prepare_step(step)
+        refused += prepare_step(step, refused)
         failing = _apply(applier, schema, step, counts)
         for _ in range(MAX_TURNS):
             waiting = [refusal for refusal in failing if refusal.error_class in MAY_PASS_LATER]

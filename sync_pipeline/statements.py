@@ -330,6 +330,15 @@ class TableStatements:
         going = _not_going(child) if child_is_staged else sql.SQL("")
         return self._gone_but_referenced(sql.Identifier(*key.child), _reference(key), going)
 
+    def referenced_by(self, child: "TableStatements", key: ForeignKey) -> sql.Composed:
+        """Return number and id of records about to be deleted that some rows of `child` still refer to."""
+        child_id = record_id(
+            child.relation,
+            {f: sql.SQL("c.{}").format(child.column(f)) for f in child.relation.key},
+        )
+        some = sql.SQL(" and {} = any (%(record_ids)s::text[])").format(child_id)
+        return self._gone_but_referenced(sql.Identifier(*key.child), _reference(key), some)
+
     def referenced_from(
         self, child: sql.Identifier, columns: list[str], own_columns: list[str]
     ) -> sql.Composed:

@@ -336,9 +336,14 @@ def test_a_row_that_is_brought_along_and_cannot_be_read_is_set_aside(pair: Pair)
     pair.crm.execute("update children set parent = 2, word = 'one'")
     pair.crm.execute("delete from parents where id = 1")
     sync_pair(pair)
-    assert [failure[:3] for failure in failures(pair.crm)] == [("children", "1", "22P02")]
+    assert [failure[:3] for failure in failures(pair.crm)] == [
+        ("children", "1", "22P02"),
+        ("parents", "1", "23503"),
+    ]
     pair.crm.execute("update children set word = '2'")
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
     converge(pair, "parents", "children")
+    assert texts(pair.billing, "parents") == ["(2,old)"]
 
 
 def test_no_room_for_temporary_files_interrupts_the_pass(

@@ -302,11 +302,46 @@ def test_a_child_whose_move_is_refused_is_not_moved_back_when_its_old_parent_is_
     pair.crm.execute("delete from parents where id = 1")
     sync_pair(pair)
     assert texts(pair.crm, "children") == ["(1,2,x)"]
-    assert [failure[:2] for failure in failures(pair.crm)] == [("children", "1")]
+    # The delete waits for the move: nobody has given the old parent a child.
+    assert [failure[:2] for failure in failures(pair.crm)] == [("children", "1"), ("parents", "1")]
     pair.billing.execute("alter table children drop constraint children_word_check")
     pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
     converge(pair, "parents", "children")
     assert texts(pair.billing, "children") == ["(1,2,x)"]
+    assert texts(pair.billing, "parents") == ["(2)"]
+
+
+@pytest.mark.parametrize("in_one_pass", [True, False])
+def test_a_parent_is_not_brought_back_by_a_child_whose_delete_was_refused(
+    pair: Pair, *, in_one_pass: bool
+) -> None:
+    ddl = """create table parents (id int primary key, above int references parents);
+        create table children (id int primary key, parent int references parents on delete cascade);
+        create function stay() returns trigger language plpgsql as $$ begin raise 'stay'; end $$"""
+    link(pair, ddl, "parents", "children")
+    pair.crm.execute("insert into parents values (1, null), (2, 1), (3, null)")
+    pair.crm.execute("insert into children values (1, 2)")
+    converge(pair, "parents", "children")
+    pair.billing.execute(
+        "create trigger stay before delete on children for each row execute function stay()"
+    )
+    pair.crm.execute("delete from children")
+    if not in_one_pass:
+        sync_pair(pair)
+    pair.crm.execute("delete from parents")
+    sync_pair(pair)
+    assert texts(pair.crm, "parents") == []
+    assert texts(pair.billing, "parents") == ["(1,)", "(2,1)"]
+    assert pair.billing.rows("select * from sync.sync_conflicts") == []
+    assert [failure[:3] for failure in failures(pair.crm)] == [
+        ("children", "1", "P0001"),
+        ("parents", "1", "23503"),
+        ("parents", "2", "23503"),
+    ]
+    pair.billing.execute("drop trigger stay on children")
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    converge(pair, "parents", "children")
+    assert texts(pair.billing, "parents") == []
 
 
 @pytest.mark.parametrize(
@@ -581,6 +616,28 @@ def test_a_parent_is_not_brought_along_against_the_direction_of_its_table(pair: 
     sync_pair(pair)
     assert texts(pair.crm, "parents") == []
     assert [failure[:3] for failure in failures(pair.billing)] == [("children", "1", "23503")]
+
+
+def test_a_parent_that_cannot_be_sent_back_goes_when_its_last_child_has_gone(pair: Pair) -> None:
+    link(
+        pair,
+        """create table parents (id int primary key);
+        create table children (id int primary key, parent int references parents)""",
+        {"name": "parents", "source": "crm"},
+        "children",
+    )
+    pair.crm.execute("insert into parents values (7)")
+    converge(pair, "parents")
+    pair.billing.execute("insert into children values (1, 7)")
+    pair.crm.execute("delete from parents")
+    sync_pair(pair)
+    assert texts(pair.billing, "parents") == ["(7)"]
+    assert [failure[:3] for failure in failures(pair.crm)] == [("parents", "7", "23503")]
+    assert [failure[:3] for failure in failures(pair.billing)] == [("children", "1", "23503")]
+    pair.billing.execute("delete from children")
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    converge(pair, "parents", "children")
+    assert texts(pair.billing, "parents") == []
 
 
 STEMS = "create table stems (id int primary key);"
