@@ -553,6 +553,7 @@ set state = 'dead',
     attempts = failure.attempts + 1,
     error_class = excluded.error_class,
     error = excluded.error,
+    changed_at = greatest(failure.changed_at, excluded.changed_at),
     last_failed_at = pg_catalog.clock_timestamp()
 
 -- name: bury_invalid_failures

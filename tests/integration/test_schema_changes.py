@@ -262,6 +262,26 @@ def test_a_consumer_that_does_not_know_a_new_table_yet_loses_nothing_of_it(
     assert failures(pair.crm) == []
 
 
+def test_the_last_change_wins_of_those_that_a_consumer_did_not_know_yet(
+    pair: Pair, link: Link
+) -> None:
+    for node in pair.nodes:
+        node.execute("create table invoices (id int primary key, word text)")
+    write_config(pair.config_path, [*TABLES, "invoices"])
+    config = installed(pair)
+    pair.crm.execute("insert into invoices values (1, 'first')")
+    pair.billing.execute("insert into invoices values (1, 'between')")
+    passes.run(link)
+    pair.crm.execute("update invoices set word = 'last'")
+    passes.run(link)
+    for side in link.sides.values():
+        side.writer.close()
+    with lead(config) as successor:
+        passes.run(successor)
+    assert pair.billing.rows("invoices") == pair.crm.rows("invoices") == [(1, "last")]
+    assert failures(pair.crm) == failures(pair.billing) == []
+
+
 def test_a_table_that_left_the_configuration_is_captured_no_more(pair: Pair) -> None:
     installed(pair)
     write_config(pair.config_path, ["accounts", "users"])
