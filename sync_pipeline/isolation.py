@@ -210,13 +210,7 @@ def _suspects(applier: Applier, step: Step, sqlstate: str | None) -> list[int]:
     if sqlstate in parking.VIOLATIONS:
         return list(dict.fromkeys(holder.number for holder in parking.holders(applier, table)))
     if sqlstate == FOREIGN_KEY_VIOLATION:
-        keys = applier.catalog.relation(applier.node, table).foreign_keys
-        orphans = [
-            statements.orphans(applier.statements(key.parent), key)
-            for key in keys
-            if key.is_carried
-        ]
-        return list({number for each in orphans for (number,) in connection.execute(each)})
+        return list({number for number, _ in parking.orphans(applier, table)})
     if sqlstate in {NOT_NULL_VIOLATION, CHECK_VIOLATION}:
         carried = {column.name for column in statements.relation.columns.values()}
         rows = connection.execute(

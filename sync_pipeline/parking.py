@@ -23,6 +23,7 @@ from sync_pipeline.statements import TableStatements
 
 # A unique and an exclusion constraint: two rows must not have these values at a time.
 VIOLATIONS = {"23505", "23P01"}
+FOREIGN_KEY_VIOLATION = "23503"
 # Begins the names of what stands beside an application's columns, which may have any other name.
 _OURS = "sync_pipeline"
 
@@ -139,27 +140,33 @@ def sit_out(applier: Applier, refused: Sequence[Refusal]) -> None:
 
 
 def divide(applier: Applier, refused: Sequence[Refusal]) -> tuple[list[Refusal], list[Refusal]]:
-    """Divide refused records into those that may yet exchange values and those that cannot; name who holds a value.
+    """Divide refused records into those that may pass together and those that cannot; name who holds a value.
 
-    Hopeless is what was refused for another reason, wants what a row outside of the batch has, or wants what a
-    hopeless record keeps.
+    Together pass records that exchange values, or that refer to each other. Hopeless is what was refused for another
+    reason, wants what a row outside of the batch has or is, or waits for a hopeless record.
     """
     held: dict[tuple[str, int], list[Holder]] = {}
+    waiting: dict[tuple[str, int], list[tuple[str, int | None]]] = {}
     for table in dict.fromkeys(r.table for r in refused if r.error_class in VIOLATIONS):
         for holder in holders(applier, table):
             held.setdefault((table, holder.number), []).append(holder)
-    hopeless = {
-        (refusal.table, refusal.number)
-        for refusal in refused
-        if refusal.error_class not in VIOLATIONS
-        or any(holder.held_by is None for holder in held.get((refusal.table, refusal.number), []))
-    }
+            waiting.setdefault((table, holder.number), []).append((table, holder.held_by))
+    orphaned: dict[tuple[str, int], list[tuple[str, int | None]]] = {}
+    for table in dict.fromkeys(r.table for r in refused if r.error_class == FOREIGN_KEY_VIOLATION):
+        for number, parent in orphans(applier, table):
+            orphaned.setdefault((table, number), []).append(parent)
+    hopeless: set[tuple[str, int | None]] = set()
     wanting: dict[tuple[str, int | None], list[tuple[str, int]]] = {}
     for refusal in refused:
-        for holder in held.get((refusal.table, refusal.number), []):
-            wanting.setdefault((refusal.table, holder.held_by), []).append(
-                (refusal.table, refusal.number)
-            )
+        record = refusal.table, refusal.number
+        if refusal.error_class == FOREIGN_KEY_VIOLATION:
+            found, is_hopeless = orphaned.get(record, []), record not in orphaned
+        else:
+            found, is_hopeless = waiting.get(record, []), refusal.error_class not in VIOLATIONS
+        if is_hopeless or any(number is None for _, number in found):
+            hopeless.add(record)
+        for other in found:
+            wanting.setdefault(other, []).append(record)
     spreading = list(hopeless)
     while spreading:
         more = [each for each in wanting.get(spreading.pop(), []) if each not in hopeless]
@@ -170,6 +177,17 @@ def divide(applier: Applier, refused: Sequence[Refusal]) -> tuple[list[Refusal],
         [refusal for refusal in named if (refusal.table, refusal.number) not in hopeless],
         [refusal for refusal in named if (refusal.table, refusal.number) in hopeless],
     )
+
+
+def orphans(applier: Applier, table: str) -> Iterator[tuple[int, tuple[str, int | None]]]:
+    """Yield which staged records lack a parent, each with the parent's table and number; null if not staged."""
+    for key in applier.catalog.relation(applier.node, table).foreign_keys:
+        if key.is_carried:
+            statement = applier.statements(table).orphans(
+                applier.statements(key.parent), key, parent_is_staged=key.parent in applier.staged
+            )
+            for number, parent in applier.connection.execute(statement).fetchall():
+                yield number, (key.parent, parent)
 
 
 def _name(refusal: Refusal, found: list[Holder]) -> Refusal:

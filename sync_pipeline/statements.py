@@ -447,14 +447,29 @@ class TableStatements:
             staged=staged,
         )
 
-    def orphans(self, parent: "TableStatements", key: ForeignKey) -> sql.Composed:
-        """Return the numbers of staged records whose parent the target does not have."""
+    def orphans(
+        self, parent: "TableStatements", key: ForeignKey, *, parent_is_staged: bool
+    ) -> sql.Composed:
+        """Return the numbers of staged records whose parent the target does not have, and the parent's, if staged."""
         mine = [self.staged(field) for field in key.fields]
+        number: sql.Composable = sql.SQL("null::bigint")
+        staged: sql.Composable = sql.SQL("")
+        if parent_is_staged:
+            number = sql.SQL("g.n")
+            staged = sql.SQL(" left join {} as g on g.present and {}").format(
+                parent.stage,
+                sql.SQL(" and ").join(
+                    sql.SQL("{} = {}").format(parent.staged(theirs, "g"), value)
+                    for theirs, value in zip(key.parent_fields, mine, strict=True)
+                ),
+            )
         return sql.SQL(
-            "select s.n from {stage} as s where s.present and {given} "
+            "select s.n, {number} from {stage} as s{staged} where s.present and {given} "
             "and not exists (select from {parent} as p where {reference})"
         ).format(
+            number=number,
             stage=self.stage,
+            staged=staged,
             given=sql.SQL(" and ").join(sql.SQL("{} is not null").format(value) for value in mine),
             parent=parent.target,
             reference=sql.SQL(" and ").join(

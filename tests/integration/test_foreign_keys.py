@@ -94,6 +94,26 @@ def test_tables_that_refer_to_each_other_travel(
     assert texts(pair.billing, "teams") == []
 
 
+def test_a_refused_record_takes_none_along_of_those_that_refer_to_each_other(pair: Pair) -> None:
+    ddl = """create table ones (id int primary key, two int not null, word text);
+        create table twos (id int primary key, one int not null references ones);
+        alter table ones add foreign key (two) references twos"""
+    link(pair, ddl, "ones", "twos")
+    pair.billing.execute("alter table ones add check (word <> 'bad')")
+    pair.crm.execute(
+        """with added as (insert into ones select n, n, case n when 3 then 'bad' end from generate_series(1, 4) as n)
+        insert into twos select n, n from generate_series(1, 4) as n"""
+    )
+    sync_pair(pair)
+    assert (
+        texts(pair.billing, "ones", "id")
+        == texts(pair.billing, "twos", "id")
+        == ["(1)", "(2)", "(4)"]
+    )
+    refused = [failure[:3] for failure in failures(pair.crm)]
+    assert refused == [("ones", "3", "23514"), ("twos", "3", "23503")]
+
+
 def test_a_cycle_of_three_tables_and_a_table_below_it_travel(pair: Pair) -> None:
     link(
         pair,
