@@ -63,6 +63,8 @@ class Batch:
         # Rows of the target that are parked in this savepoint, and whether to do so; see `parking`.
         self._parked: dict[str, set[int]] = {}
         self._exchanging = False
+        # Whether rows to be deleted become the records that take their values, where nothing else makes room.
+        self._renaming = False
         self._gathered = False
         self._done: list[Step] = []
         self._error: psycopg.Error | None = None
@@ -182,6 +184,8 @@ class Batch:
         for _ in range(MAX_ROUNDS):
             if self._error is None:
                 try:
+                    if self._renaming:
+                        parking.rename(self.applier)
                     if self._exchanging:
                         self._parked = parking.park(self.applier)
                     self._run([step for step in self._steps() if step not in self._done])
@@ -210,6 +214,13 @@ class Batch:
                 self._companions.bring_partners()
                 self._savepoint()
                 continue
+            if sqlstate in parking.VIOLATIONS and not self._renaming and self._can_rename():
+                self._renaming = True
+                if not self._gathered:
+                    self._gathered = True
+                    self._companions.bring_children()
+                self._savepoint()
+                continue
             if sqlstate == isolation.FOREIGN_KEY_VIOLATION and self._companions.bring_parents():
                 self._savepoint()
                 continue
@@ -219,11 +230,17 @@ class Batch:
             self._savepoint()
             self.counts = {}
             self.applier.expect_new = False
+            if self._renaming:
+                parking.rename(self.applier)
             refused = isolation.isolate(
                 self.applier, self._schema, self._steps(), self.counts, self._guard_parents
             )
             return self._exchange(refused)
         raise PassInterrupted("parents keep disappearing", node=self.target)
+
+    def _can_rename(self) -> bool:
+        with self._connection.transaction(force_rollback=True):
+            return parking.rename(self.applier)
 
     def _exchange(self, refused: list[Refusal]) -> list[Refusal]:
         """Let those of the refused records exchange unique values that can; return the others."""

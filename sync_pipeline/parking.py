@@ -4,12 +4,13 @@ PostgreSQL checks a unique index row by row, so no order of updates can swap two
 the way is *parked*: it gets a free value for a moment, in the transaction that then writes or deletes it as the batch
 says. Only rows of the batch are moved, and only in columns that the batch writes again. One that foreign keys refer to
 is moved only where its children go along and come back (ON UPDATE CASCADE), or where the check waits (deferrable).
+Where that does not help, a row that is to be deleted becomes the record that takes its value: see `rename`.
 """
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg import sql
@@ -77,6 +78,32 @@ def park(applier: Applier) -> dict[str, set[int]]:
             if index.immediate:
                 parked.setdefault(table, set()).update(_park(applier, statements, index))
     return parked
+
+
+def rename(applier: Applier) -> bool:
+    """Give rows that are to be deleted the new key of the record that takes their unique value; true if any got one.
+
+    A record whose key changed is a delete and an insert. Where rows refer to the old one by a value that the new one
+    keeps, neither can come first: so it is moved, and they follow or need not. Under any other value that it takes, the
+    new record is another one.
+    """
+    found = False
+    relations = [applier.catalog.relation(applier.node, each) for each in applier.catalog.tables]
+    for table in applier.staged:
+        keys = [key for each in relations for key in each.foreign_keys if key.parent == table]
+        referred = {column for key in keys for column in key.parent_columns}
+        for index in _indexes(applier, table):
+            if referred.union(index.referenced, index.followed).isdisjoint(index.columns):
+                continue
+            try:
+                with applier.connection.transaction():
+                    renamed = applier.connection.execute(_renamed(applier.statements(table), index))
+            except psycopg.Error as error:
+                if error_class(error) != "data":
+                    raise
+            else:
+                found = found or renamed.rowcount > 0
+    return found
 
 
 def holders(applier: Applier, table: str) -> list[Holder]:
@@ -241,6 +268,26 @@ def _park(applier: Applier, statements: TableStatements, index: UniqueIndex) -> 
     return set()
 
 
+def _renamed(statements: TableStatements, index: UniqueIndex) -> sql.Composed:
+    key = statements.relation.key
+    return sql.SQL(
+        "update {target} as t set {assignments} from {blocked} join {stage} as s on s.n = blocked.n "
+        "join {stage} as gone on not gone.present and {held} "
+        "where {same_key} and not exists (select from {target} as t where {taken})"
+    ).format(
+        target=statements.target,
+        assignments=sql.SQL(", ").join(
+            sql.SQL("{} = {}").format(statements.column(field), statements.staged(field))
+            for field in key
+        ),
+        blocked=_blocked(statements, index),
+        stage=statements.stage,
+        held=_same("blocked", statements, "gone"),
+        same_key=statements.same_key("gone"),
+        taken=statements.same_key(),
+    )
+
+
 def _blocked(statements: TableStatements, index: UniqueIndex) -> sql.Composed:
     """Compose `blocked`: the number of a staged record and the key of the row that has what it wants.
 
@@ -355,9 +402,9 @@ def _named(values: Sequence[sql.Composable], names: Sequence[sql.Identifier]) ->
     )
 
 
-def _same(alias: str, statements: TableStatements) -> sql.Composed:
+def _same(alias: LiteralString, statements: TableStatements, staged: str = "s") -> sql.Composed:
     return sql.SQL(" and ").join(
-        sql.SQL(alias + ".{} = {}").format(key, statements.staged(field))
+        sql.SQL(alias + ".{} = {}").format(key, statements.staged(field, staged))
         for key, field in zip(_keys(statements), statements.relation.key, strict=True)
     )
 

@@ -202,6 +202,97 @@ def test_a_parents_key_changed_with_on_update_cascade_takes_its_children_along(p
     assert texts(pair.crm, "streets") == ["(1,101)", "(2,102)", "(3,103)"]
 
 
+@pytest.mark.parametrize("batch_size", [10_000, 1])
+@pytest.mark.parametrize("action", ["", "on update cascade", "on delete cascade"])
+def test_a_changed_key_leaves_its_children_where_they_refer_to_another_unique_value(
+    pair: Pair, action: str, batch_size: int
+) -> None:
+    link(
+        pair,
+        f"""create table people (id int primary key, email text not null unique, name text);
+        create table visits (id int primary key, person int not null references people {action})""",
+        {"name": "people", "key": ["email"]},
+        "visits",
+        batch_size=batch_size,
+    )
+    pair.crm.execute("insert into people values (1, 'ann@old', 'Ann'), (2, 'bob@old', 'Bob')")
+    pair.crm.execute("insert into visits values (1, 1), (2, 2), (3, 2)")
+    converge(pair, "people", "visits")
+    pair.crm.execute(
+        "update people set email = replace(email, 'old', 'new'), name = name || '!';"
+        "update visits set person = 1 where id = 3"
+    )
+    converge(pair, "people", "visits")
+    assert texts(pair.billing, "people") == ["(1,ann@new,Ann!)", "(2,bob@new,Bob!)"]
+    for node in pair.nodes:
+        assert node.rows("select kind from sync.sync_conflicts") == []
+
+
+def test_a_changed_key_moves_the_record_though_another_one_of_its_batch_is_refused(
+    pair: Pair,
+) -> None:
+    link(
+        pair,
+        """create table people (id int primary key, email text not null unique);
+        create table visits (id int primary key, person int not null references people)""",
+        {"name": "people", "key": ["email"]},
+        "visits",
+    )
+    pair.crm.execute("insert into people values (1, 'ann@old'); insert into visits values (1, 1)")
+    converge(pair, "people", "visits")
+    pair.crm.execute(
+        "insert into people values (9, 'eve'); update people set email = 'ann' where id = 1"
+    )
+    pair.billing.execute("insert into people values (9, 'mallory')")
+    sync_pair(pair)
+    assert [(table, key, error) for table, key, error, _ in failures(pair.crm)] == [
+        ("people", "eve", "23505")
+    ]
+    assert texts(pair.billing, "people") == ["(1,ann)", "(9,mallory)"]
+
+
+@pytest.mark.parametrize("batch_size", [10_000, 1])
+@pytest.mark.parametrize("action", ["on update cascade", "deferrable initially deferred"])
+def test_a_changed_part_of_a_key_takes_children_along_though_the_other_part_is_unique(
+    pair: Pair, action: str, batch_size: int
+) -> None:
+    link(
+        pair,
+        f"""create table items (tenant int, id int unique, primary key (tenant, id));
+        create table notes (id int primary key, tenant int, item int,
+            foreign key (tenant, item) references items {action})""",
+        "items",
+        "notes",
+        batch_size=batch_size,
+    )
+    pair.crm.execute("insert into items values (1, 1), (1, 2); insert into notes values (1, 1, 1)")
+    converge(pair, "items", "notes")
+    with pair.crm.connection.transaction():
+        pair.crm.execute("update items set tenant = 2")
+        pair.crm.execute("update notes set tenant = 2")
+    converge(pair, "items", "notes")
+    assert texts(pair.billing, "notes") == ["(1,2,1)"]
+
+
+def test_a_child_of_a_deleted_parent_is_not_given_to_the_record_that_takes_a_value_of_it(
+    pair: Pair,
+) -> None:
+    link(
+        pair,
+        """create table people (id int primary key, badge text not null unique);
+        create table visits (id int primary key, person int references people on update cascade)""",
+        "people",
+        "visits",
+    )
+    pair.crm.execute("insert into people values (1, 'b7')")
+    converge(pair, "people")
+    pair.crm.execute("delete from people; insert into people values (2, 'b7')")
+    pair.billing.execute("insert into visits values (1, 1)")
+    sync_pair(pair)
+    assert texts(pair.billing, "visits") == ["(1,1)"]
+    assert [(key, error) for _, key, error, _ in failures(pair.crm)] == [("2", "23505")]
+
+
 def test_a_key_reused_after_a_delete_is_the_new_row(pair: Pair) -> None:
     link(pair, "create table items (id int primary key, word text)", "items")
     pair.crm.execute("insert into items values (1, 'old')")
