@@ -432,7 +432,7 @@ class Batch:
             (failure.table_name, failure.record_id) for failure in self._failures
         )
         for key in applier.catalog.relation(self.target, child).foreign_keys:
-            if key.parent == table:
+            if key.parent == table and self.config.table(child).sends(self.target):
                 self._connection.execute(
                     parent.mark_children(
                         applier.statements(child),

@@ -751,3 +751,50 @@ def test_a_foreign_key_that_is_not_enforced_brings_no_parent_back(pair: Pair) ->
     converge(pair, "parents", "children")
     assert texts(pair.crm, "parents") == []
     assert texts(pair.crm, "children") == ["(1,1)", "(2,1)"]
+
+
+@pytest.mark.parametrize("batch_size", [10_000, 1])
+def test_a_one_way_parent_with_new_children_of_the_other_side_is_deleted_when_they_are_gone(
+    pair: Pair, batch_size: int
+) -> None:
+    link(
+        pair,
+        """create table parents (id int primary key);
+        create table children (id int primary key, parent int references parents)""",
+        {"name": "parents", "source": "crm"},
+        "children",
+        batch_size=batch_size,
+    )
+    pair.crm.execute("insert into parents values (1), (2)")
+    converge(pair, "parents")
+    pair.crm.execute("delete from parents")
+    pair.billing.execute("insert into children values (1, 1)")
+    sync_pair(pair)
+    assert texts(pair.billing, "parents") == ["(1)"]
+    for node, table in ((pair.crm, "parents"), (pair.billing, "children")):
+        assert [failure[:3] for failure in failures(node)] == [(table, "1", "23503")]
+    pair.billing.execute("delete from children")
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    sync_pair(pair)
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    converge(pair, "parents", "children")
+    assert texts(pair.billing, "parents") == []
+
+
+def test_a_one_way_child_of_the_other_side_brings_its_parent_back_and_is_not_sent(
+    pair: Pair,
+) -> None:
+    link(
+        pair,
+        """create table parents (id int primary key);
+        create table children (id int primary key, parent int references parents)""",
+        "parents",
+        {"name": "children", "source": "crm"},
+    )
+    pair.crm.execute("insert into parents values (1), (2)")
+    converge(pair, "parents")
+    pair.crm.execute("delete from parents")
+    pair.billing.execute("insert into children values (1, 1)")
+    converge(pair, "parents")
+    assert texts(pair.crm, "parents") == ["(1)"]
+    assert texts(pair.crm, "children") == []
