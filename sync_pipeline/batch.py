@@ -1,13 +1,12 @@
 """One batch on the target: stage, apply, check under our row locks, settle conflicts, record in the ledger, commit."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Self
 
 import psycopg
-from psycopg import sql
 
 from sync_pipeline import capture, clocks, conflicts, isolation, ledger, parking, queries
 from sync_pipeline.applier import Applier, Refusal, Step
@@ -17,15 +16,12 @@ from sync_pipeline.conflicts import Decision
 from sync_pipeline.database import error_class, query, scalar
 from sync_pipeline.errors import PassInterrupted
 from sync_pipeline.outbox import Outcome
-from sync_pipeline.records import Counts, Failure, ForeignKey
+from sync_pipeline.parents import ChildrenLeftError, Parents
+from sync_pipeline.records import Counts, Failure
 from sync_pipeline.snapshot import Change, Intake, Snapshot, require_widths
 from sync_pipeline.waiting import Dirty, Waiting
 
 MAX_ROUNDS = 8
-
-
-class _ChildrenLeftError(Exception):
-    """Rows refer to records about to be deleted; on the source they may be gone as well, in a later batch."""
 
 
 @dataclass
@@ -71,9 +67,6 @@ class Batch:
         self._failures: list[Failure] = []
         self._conflicts: dict[str, int] = {}
         self._lost: dict[str, list[str]] = {}
-        # How many records to be deleted stay, by table, in this savepoint, and which wait.
-        self._kept: dict[str, int] = {}
-        self._waiting: dict[str, list[str]] = {}
         self._decisions: list[Decision] = []
         # Rows with greater numbers were brought along: they have no events in this batch.
         self._last_number = self.intake.last_number
@@ -135,6 +128,14 @@ class Batch:
             frozenset(table.name for table in self.config.tables if table.sends(self.source)),
             self._stack,
         )
+        self._parents = Parents(
+            self.applier,
+            self.config,
+            self.target,
+            self.snapshot.read_at,
+            self._companions,
+            self._failures,
+        )
 
     def upsert(self, tables: list[str], settled: set[tuple[str, str]]) -> None:
         """Settle the conflicts that are here already; upsert the staged records of some tables.
@@ -194,7 +195,7 @@ class Batch:
                     if error_class(error) != "data":
                         raise
                     self._error = error
-                except _ChildrenLeftError:
+                except ChildrenLeftError:
                     self._rollback()
                     self._gathered = True
                     self._companions.bring_children()
@@ -291,8 +292,7 @@ class Batch:
         self._connection.execute("release savepoint batch")
         self._done = []
         self._parked = {}
-        self._kept = {}
-        self._waiting = {}
+        self._parents.forget()
         self.counts = {}
 
     def _savepoint(self) -> None:
@@ -301,152 +301,7 @@ class Batch:
         self.applier.survey()
 
     def _guard_parents(self, step: Step, refused: Sequence[Refusal]) -> list[Refusal]:
-        """Before a parent is deleted: rows that still refer to it are the target's own work, so it stays.
-
-        But where such a row is one that was refused, its parent is refused as well and returned; so is one that the
-        target could not send back.
-        """
-        if step.phase != "delete":
-            return []
-        applier = self.applier
-        if applier.catalog.left_out:
-            for table in step.tables:
-                self._await_absent_children(table)
-        guarded = [table for table in step.tables if table in applier.catalog.referenced]
-        for table in guarded:
-            self._connection.execute(applier.statements(table).lock_gone)
-        waiting = self._refuse_parents_of(refused, guarded)
-        # A parent that stays refers to parents itself: those may be among the records of this very step.
-        while any(self._keep_referenced(step, table, waiting) for table in guarded):
-            pass
-        return waiting
-
-    def _refuse_parents_of(self, refused: Sequence[Refusal], tables: list[str]) -> list[Refusal]:
-        """Refuse to delete what records refer to whose own change was refused, and so on."""
-        named = self._not_applied(refused)
-        parents: list[Refusal] = []
-        while named:
-            more = [
-                refusal
-                for table in tables
-                for child, key in self._children(table)
-                for refusal in self._refused(
-                    table,
-                    child,
-                    self._connection.execute(
-                        self.applier.statements(table).referenced_by(
-                            self.applier.statements(child), key
-                        ),
-                        {"record_ids": [rid for name, rid in named if name == child]},
-                    ).fetchall(),
-                )
-            ]
-            named = self._not_applied(more) if more else set()
-            parents += more
-        return parents
-
-    def _not_applied(self, refused: Sequence[Refusal]) -> set[tuple[str, str]]:
-        """Return the records, by table and record_id, of which the target has not got the source's change."""
-        failures = [*self._failures, *self.applier.failures(refused)]
-        return self._companions.unreadable.union(
-            (failure.table_name, failure.record_id) for failure in failures if not failure.held
-        )
-
-    def _refused(self, table: str, child: str, found: list[tuple[int, str]]) -> list[Refusal]:
-        refused = [
-            Refusal(
-                table, number, isolation.FOREIGN_KEY_VIOLATION, f"rows of {child} still refer to it"
-            )
-            for number, _ in found
-        ]
-        parking.sit_out(self.applier, refused)
-        return refused
-
-    def _children(self, table: str) -> Iterator[tuple[str, ForeignKey]]:
-        for child in self.applier.catalog.tables:
-            for key in self.applier.catalog.relation(self.target, child).foreign_keys:
-                if key.parent == table:
-                    yield child, key
-
-    def _await_absent_children(self, table: str) -> None:
-        """Let a delete wait while a row refers to it whose table is left out: nobody can say whose work that row is."""
-        applier = self.applier
-        parent = applier.statements(table)
-        known = [applier.catalog.relation(self.target, each).oid for each in applier.catalog.tables]
-        references = self._connection.execute(
-            query(queries.get("read_absent_children", self._schema)),
-            {"parent": parent.relation.oid, "known": known},
-        ).fetchall()
-        if references:
-            self._connection.execute(parent.lock_gone)
-        for schema, child, columns, own_columns in references:
-            rows = self._connection.execute(
-                parent.referenced_from(sql.Identifier(schema, child), columns, own_columns)
-            ).fetchall()
-            if rows:
-                applier.unstage([number for number, _ in rows], table)
-                self._waiting.setdefault(table, []).extend(record_id for _, record_id in rows)
-
-    def _keep_referenced(self, step: Step, table: str, waiting: list[Refusal]) -> bool:
-        applier = self.applier
-        parent = applier.statements(table)
-        found = False
-        for child_table, key in self._children(table):
-            together = child_table in step.tables and child_table in applier.staged
-            kept = self._connection.execute(
-                parent.still_referenced(
-                    applier.statements(child_table), key, child_is_staged=together
-                )
-            ).fetchall()
-            if kept and not self._gathered:
-                raise _ChildrenLeftError
-            if kept and not self.config.table(table).sends(self.target):
-                waiting += self._refused(table, child_table, kept)
-            elif kept:
-                self._keep_parents(table, kept, child_table)
-            found = found or bool(kept)
-        return found
-
-    def _keep_parents(self, table: str, kept: list[tuple[int, str]], child: str) -> None:
-        applier = self.applier
-        numbers = [number for number, _ in kept]
-        if self._parked.get(table, set()).intersection(numbers):
-            raise psycopg.errors.UniqueViolation("a row that was to make room has to stay")
-        parent = applier.statements(table)
-        decisions = [
-            Decision(
-                Dirty(
-                    table, number, record_id, self.snapshot.read_at, inserted=False, event_ids=[]
-                ),
-                "parent_deleted",
-                self.target,
-            )
-            for number, record_id in kept
-        ]
-        conflicts.log(applier, self._schema, table, decisions)
-        self._connection.execute(
-            query(queries.get("mark_kept", self._schema)),
-            {"table_name": table, "record_ids": [rid for _, rid in kept]},
-        )
-        refused = self._companions.unreadable.union(
-            (failure.table_name, failure.record_id) for failure in self._failures
-        )
-        for key in applier.catalog.relation(self.target, child).foreign_keys:
-            if key.parent == table and self.config.table(child).sends(self.target):
-                self._connection.execute(
-                    parent.mark_children(
-                        applier.statements(child),
-                        key,
-                        self._schema,
-                        child_is_staged=child in applier.staged,
-                    ),
-                    {
-                        "numbers": numbers,
-                        "refused": [rid for named, rid in refused if named == child],
-                    },
-                )
-        self._kept[table] = self._kept.get(table, 0) + len(kept)
-        applier.unstage(numbers, table)
+        return self._parents.guard(step, refused, self._parked, gathered=self._gathered)
 
     # --- conflicts ---
 
@@ -512,7 +367,7 @@ class Batch:
     def _record(self) -> None:
         waiting = [
             change.ids
-            for table, record_ids in self._waiting.items()
+            for table, record_ids in self._parents.waiting.items()
             for change in self._changes(table, record_ids).values()
             if change.ids is not None
         ]
@@ -522,7 +377,7 @@ class Batch:
         for table in dict.fromkeys(part.table for part in self.intake.parts):
             parts = self.intake.of([table])
             # A failure that waits stays one.
-            away = set(self._waiting.get(table, []))
+            away = set(self._parents.waiting.get(table, []))
             retried = [rid for part in parts for rid in part.retried if rid not in away]
             failures = {f.record_id: f for f in self._failures if f.table_name == table}
             known = self._changes(table, list(failures)) if failures else {}
@@ -557,7 +412,7 @@ class Batch:
         for part in self.intake.parts:
             entry = self.counts.setdefault(part.table, Counts())
             entry.failed += sum(1 for f in self._failures if f.table_name == part.table)
-        for table, number in [*self._conflicts.items(), *self._kept.items()]:
+        for table, number in [*self._conflicts.items(), *self._parents.kept.items()]:
             self.counts.setdefault(table, Counts()).conflicts += number
         staged: dict[str, int] = {}
         for part in self.intake.parts:
@@ -566,8 +421,8 @@ class Batch:
             entry = self.counts[table]
             not_written = (
                 len(self._lost.get(table, []))
-                + self._kept.get(table, 0)
-                + len(self._waiting.get(table, []))
+                + self._parents.kept.get(table, 0)
+                + len(self._parents.waiting.get(table, []))
             )
             written = entry.upserted + entry.deleted + entry.failed
             entry.unchanged = max(0, number - written - not_written)
