@@ -67,14 +67,14 @@ class Parents:
         guarded = [table for table in step.tables if table in applier.catalog.referenced]
         for table in guarded:
             self._connection.execute(applier.statements(table).lock_gone)
-        waiting = self._refuse_parents_of(refused, guarded)
+        parents = self._refuse_parents_of(refused, guarded)
         # A parent that stays refers to parents itself: those may be among the records of this very step.
         while any(
-            self._keep_referenced(step, table, waiting, parked, gathered=gathered)
+            self._keep_referenced(step, table, parents, parked, gathered=gathered)
             for table in guarded
         ):
             pass
-        return waiting
+        return parents
 
     def _refuse_parents_of(self, refused: Sequence[Refusal], tables: list[str]) -> list[Refusal]:
         """Refuse to delete what records refer to whose own change was refused, and so on."""
@@ -146,11 +146,12 @@ class Parents:
         self,
         step: Step,
         table: str,
-        waiting: list[Refusal],
+        refused: list[Refusal],
         parked: Mapping[str, set[int]],
         *,
         gathered: bool,
     ) -> bool:
+        """Keep, or add to the refused, what rows still refer to; true if there was any."""
         applier = self.applier
         parent = applier.statements(table)
         found = False
@@ -164,7 +165,7 @@ class Parents:
             if kept and not gathered:
                 raise ChildrenLeftError
             if kept and not self.config.table(table).sends(self.target):
-                waiting += self._refused(table, child_table, kept)
+                refused += self._refused(table, child_table, kept)
             elif kept:
                 if parked.get(table, set()).intersection(number for number, _ in kept):
                     raise psycopg.errors.UniqueViolation("a row that was to make room has to stay")
