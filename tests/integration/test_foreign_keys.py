@@ -638,28 +638,6 @@ def test_a_parent_is_not_brought_along_against_the_direction_of_its_table(pair: 
     assert [failure[:3] for failure in failures(pair.billing)] == [("children", "1", "23503")]
 
 
-def test_a_parent_that_cannot_be_sent_back_goes_when_its_last_child_has_gone(pair: Pair) -> None:
-    link(
-        pair,
-        """create table parents (id int primary key);
-        create table children (id int primary key, parent int references parents)""",
-        {"name": "parents", "source": "crm"},
-        "children",
-    )
-    pair.crm.execute("insert into parents values (7)")
-    converge(pair, "parents")
-    pair.billing.execute("insert into children values (1, 7)")
-    pair.crm.execute("delete from parents")
-    sync_pair(pair)
-    assert texts(pair.billing, "parents") == ["(7)"]
-    assert [failure[:3] for failure in failures(pair.crm)] == [("parents", "7", "23503")]
-    assert [failure[:3] for failure in failures(pair.billing)] == [("children", "1", "23503")]
-    pair.billing.execute("delete from children")
-    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
-    converge(pair, "parents", "children")
-    assert texts(pair.billing, "parents") == []
-
-
 STEMS = "create table stems (id int primary key);"
 
 
