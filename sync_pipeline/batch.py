@@ -222,7 +222,7 @@ class Batch:
                     self._companions.bring_children()
                 self._savepoint()
                 continue
-            if sqlstate == isolation.FOREIGN_KEY_VIOLATION and self._companions.bring_parents():
+            if sqlstate == parking.FOREIGN_KEY_VIOLATION and self._companions.bring_parents():
                 self._savepoint()
                 continue
             if not self._gathered:

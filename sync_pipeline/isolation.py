@@ -27,7 +27,6 @@ from sync_pipeline.snapshot import Part
 from sync_pipeline.statements import TableStatements
 
 NOT_NULL_VIOLATION = "23502"
-FOREIGN_KEY_VIOLATION = "23503"
 CHECK_VIOLATION = "23514"
 # A character that the encoding lacks, and bytes that are no text in it.
 NO_TEXT_HERE = {"22P05", "22021"}
@@ -209,7 +208,7 @@ def _suspects(applier: Applier, step: Step, sqlstate: str | None) -> list[int]:
     connection = applier.connection
     if sqlstate in parking.VIOLATIONS:
         return list(dict.fromkeys(holder.number for holder in parking.holders(applier, table)))
-    if sqlstate == FOREIGN_KEY_VIOLATION:
+    if sqlstate == parking.FOREIGN_KEY_VIOLATION:
         return list({number for number, _ in parking.orphans(applier, table)})
     if sqlstate in {NOT_NULL_VIOLATION, CHECK_VIOLATION}:
         carried = {column.name for column in statements.relation.columns.values()}

@@ -7,7 +7,7 @@ from datetime import datetime
 import psycopg
 from psycopg import sql
 
-from sync_pipeline import conflicts, isolation, parking, queries
+from sync_pipeline import conflicts, parking, queries
 from sync_pipeline.applier import Applier, Refusal, Step
 from sync_pipeline.companions import Companions
 from sync_pipeline.config import Config
@@ -110,7 +110,7 @@ class Parents:
     def _refused(self, table: str, child: str, found: list[tuple[int, str]]) -> list[Refusal]:
         refused = [
             Refusal(
-                table, number, isolation.FOREIGN_KEY_VIOLATION, f"rows of {child} still refer to it"
+                table, number, parking.FOREIGN_KEY_VIOLATION, f"rows of {child} still refer to it"
             )
             for number, _ in found
         ]
