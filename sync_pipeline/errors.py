@@ -159,10 +159,6 @@ class ColumnsAdded(PassInterrupted):
         super().__init__("a column was added to a synced table", node=node)
 
 
-class Stopped(SyncPipelineError):
-    """End cleanly: someone asked the pipeline to stop."""
-
-
 def _line(where: Sequence[str | None], problem: str, remedy: str | None) -> str:
     text = ": ".join([*(part for part in where if part), problem])
     return f"{text}; {remedy}" if remedy else text

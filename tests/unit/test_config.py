@@ -31,7 +31,6 @@ from sync_pipeline.errors import (
     NotInstalled,
     PassInterrupted,
     PoolerRefused,
-    Stopped,
     SyncPipelineError,
 )
 
@@ -528,7 +527,6 @@ ERRORS: list[type[SyncPipelineError]] = [
     NotInstalled,
     PassInterrupted,
     PoolerRefused,
-    Stopped,
 ]
 
 
