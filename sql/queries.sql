@@ -774,9 +774,15 @@ from {schema}.try_each(%(statement)s, %(numbers)s::bigint[], %(data_classes)s::t
 
 -- name: record_batch
 -- Write a batch into the ledger of the target, in the transaction that applies it.
-insert into {schema}.sync_applied (source, ids, retried, read_at)
-values (%(source)s, %(ids)s::int8multirange, %(retried)s::jsonb, %(read_at)s::timestamptz)
-returning id
+with recorded as (
+    insert into {schema}.sync_applied (source, ids, retried, read_at)
+    values (%(source)s, %(ids)s::int8multirange, %(retried)s::jsonb, %(read_at)s::timestamptz)
+    returning id
+)
+update {schema}.sync_node
+set applied_batch = recorded.id
+from recorded
+returning recorded.id
 
 -- name: make_durable
 -- Write a small record whose commit waits for the disk, and so for all that was committed before it.
@@ -791,14 +797,28 @@ order by id
 
 -- name: forget_batches
 -- Remove batches from the ledger once the source has acknowledged them.
-delete from {schema}.sync_applied
-where id = any (%(batch_ids)s::bigint[])
-
--- name: note_pass
--- Remember when a pass last did something here; the number of this transaction.
+with forgotten as (
+    delete from {schema}.sync_applied
+    where id = any (%(batch_ids)s::bigint[])
+)
 update {schema}.sync_node
-set last_pass_at = pg_catalog.clock_timestamp()
+set forgotten_batch = greatest(forgotten_batch, (select max(id) from unnest(%(batch_ids)s::bigint[]) as given (id)))
+
+-- name: note_acknowledged
+-- Remember which batch was acknowledged here last, and when; the number of this transaction.
+update {schema}.sync_node
+set last_pass_at = pg_catalog.clock_timestamp(), acknowledged_batch = greatest(acknowledged_batch, %(batch)s)
 returning pg_catalog.pg_current_xact_id()::text::bigint
+
+-- name: forget_peer
+-- Know nothing of the other node, which is new or lacks commits.
+update {schema}.sync_node
+set acknowledged_batch = 0, forgotten_batch = 0
+
+-- name: read_batches
+-- Which batches were applied, acknowledged and forgotten here last.
+select applied_batch as applied, acknowledged_batch as acknowledged, forgotten_batch as forgotten
+from {schema}.sync_node
 
 -- name: has_pending
 -- Whether this node itself has marked anything above an id, and whether it has failures: then records may be dirty.

@@ -115,6 +115,8 @@ def _both(
         )
     try:
         identity.refuse_one_database(config, connections)
+        if all(installed.values()):
+            identity.require_commits(config, connections)
     except WrongDatabase as error:
         yield Finding.of(error, "identity", None)
     if one["version"] != two["version"]:

@@ -133,7 +133,7 @@ class NotInstalled(SyncPipelineError):
 
 
 class WrongDatabase(SyncPipelineError):
-    """Fix a dsn, or confirm: a connection leads to another database than the one that was installed."""
+    """Fix a dsn, or confirm: a node is another database than the one that was installed, or lacks its commits."""
 
 
 class LockTaken(SyncPipelineError):

@@ -1,8 +1,9 @@
-"""Which database a connection leads to, and whether it is the one that `install` noted for its node.
+"""Which database a connection leads to, and whether it is the one that `install` noted for its node, as it was left.
 
 A copy or a restore holds the events of another database, or of an older time: to consume them could undo what the
-peer has. So nobody leads until an operator has confirmed it. A physical replica that took its primary's place has the
-identity of the primary.
+peer has. So nobody leads until an operator has confirmed it. A physical replica that took its primary's place and a
+backup restored over its own cluster have the identity of what was there; which batches they know tells whether they
+lack commits.
 """
 
 import secrets
@@ -49,6 +50,15 @@ class Noted:
     def identity(self) -> Identity:
         """The database that was installed."""
         return Identity(self.system_identifier, self.database_oid)
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """The last batch that a node has applied, acknowledged and forgotten."""
+
+    applied: int
+    acknowledged: int
+    forgotten: int
 
 
 def read(connection: Connection) -> Identity:
@@ -98,6 +108,31 @@ def require(config: Config, node: str, connection: Connection) -> None:
             f"{config.schema_name}; if it takes the other's place: see `After a restore` in docs/runbook.md, "
             "then `sync-pipeline install --confirm-identity`",
         )
+
+
+def require_commits(config: Config, connections: Mapping[str, Connection]) -> None:
+    """Raise `WrongDatabase` when a node lacks what it had committed, as far as the other one knows."""
+    found = {node.name: _batches(config, connections[node.name]) for node in config.nodes}
+    for source, target in config.directions:
+        sent, received = found[source.name], found[target.name]
+        if sent is None or received is None:
+            continue
+        for node, peer, here, there, what in (
+            (source, target, sent.acknowledged, received.forgotten, "acknowledged"),
+            (target, source, received.applied, sent.acknowledged, "applied"),
+        ):
+            if here < there:
+                raise WrongDatabase(
+                    f"lost commits: it has {what} batch {here}, {peer.name} knows of {there}; "
+                    "a replica that lagged took its place, or it was restored",
+                    node=node.name,
+                    remedy="see `After a failover` in docs/runbook.md, then `sync-pipeline install --confirm-identity`",
+                )
+
+
+def _batches(config: Config, connection: Connection) -> Batches | None:
+    with connection.cursor(row_factory=class_row(Batches)) as cursor:
+        return cursor.execute(query(queries.get("read_batches", config.schema_name))).fetchone()
 
 
 def refuse_one_database(config: Config, connections: Mapping[str, Connection]) -> None:

@@ -15,7 +15,13 @@ from psycopg import sql
 from sync_pipeline import capture, catalog, identity, queries, sequences
 from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, in_words, query, scalar
-from sync_pipeline.errors import CatalogMismatch, NotInstalled, PassInterrupted, SyncPipelineError
+from sync_pipeline.errors import (
+    CatalogMismatch,
+    NotInstalled,
+    PassInterrupted,
+    SyncPipelineError,
+    WrongDatabase,
+)
 from sync_pipeline.records import Relation
 
 LOCK_TIMEOUT_SECONDS = 3.0
@@ -120,15 +126,29 @@ def _identity_steps(
 ) -> list[Step]:
     identity.refuse_one_database(config, connections)
     steps = []
-    for node in config.nodes:
-        connection = connections[node.name]
-        if _version(connection, config.schema_name) is None:
-            continue
+    installed = [
+        node.name
+        for node in config.nodes
+        if _version(connections[node.name], config.schema_name) is not None
+    ]
+    for node in installed:
         if not confirm:
-            identity.require(config, node.name, connection)
+            identity.require(config, node, connections[node])
             continue
-        statements = identity.confirmation(config, node.name, connection)
-        steps += [Step(node.name, statement) for statement in statements]
+        statements = identity.confirmation(config, node, connections[node])
+        steps += [Step(node, statement) for statement in statements]
+    # Beside a node that is installed anew, as beside one that is confirmed to lack commits.
+    is_new = len(installed) < len(config.nodes)
+    if not is_new:
+        try:
+            identity.require_commits(config, connections)
+        except WrongDatabase:
+            if not confirm:
+                raise
+            is_new = True
+    if is_new:
+        statement = queries.get("forget_peer", config.schema_name).decode()
+        steps += [Step(node, statement) for node in installed]
     return steps
 
 

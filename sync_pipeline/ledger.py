@@ -49,7 +49,7 @@ def recover(source: Connection, target: Connection, schema: str, source_node: st
     ).fetchall()
     if rows:
         make_durable(target)
-    for _, ids, retried, read_at in rows:
+    for batch, ids, retried, read_at in rows:
         with source.transaction():
             source.execute(
                 query(queries.get("clear_applied_failures", schema)),
@@ -59,6 +59,7 @@ def recover(source: Connection, target: Connection, schema: str, source_node: st
                 query(queries.get("acknowledge_recovered", schema)),
                 {"ids": ids, "read_at": read_at},
             )
+            source.execute(query(queries.get("note_acknowledged", schema)), {"batch": batch})
     forget(target, schema, [row[0] for row in rows])
     return len(rows)
 

@@ -175,9 +175,9 @@ def lead(config: Config, *, standing_by: bool = False, again: bool = False) -> I
     table is left out; for who leads `again`, so is every table that can no longer be synced, and the others go on.
 
     Raises `LockTaken` when another consumer leads, `PoolerRefused` behind a pooler that shares sessions,
-    `NotInstalled`, `WrongDatabase` where a dsn leads to another database than the one that was installed,
-    `ConnectionFailed`, `CatalogMismatch`. At the end running statements are cancelled, so that the
-    locks are free at once even after an interruption.
+    `NotInstalled`, `WrongDatabase` where a dsn leads to another database than the one that was installed or to one
+    that has lost commits, `ConnectionFailed`, `CatalogMismatch`. At the end running statements are cancelled, so that
+    the locks are free at once even after an interruption.
     """
     with ExitStack() as stack:
         first, second = config.nodes
@@ -189,6 +189,7 @@ def lead(config: Config, *, standing_by: bool = False, again: bool = False) -> I
         writers = {node.name: opened[node.name, "writer"] for node in config.nodes}
         identity.refuse_one_database(config, writers)
         leaders[second.name] = _take(writers[second.name], config, second, stack)
+        identity.require_commits(config, writers)
         sides = {
             node.name: Side(
                 node, writers[node.name], opened[node.name, "reader"], leaders[node.name]

@@ -36,10 +36,11 @@ def acknowledge(
     ids: str,
     outcomes: Sequence[Outcome],
     retry: RetryConfig,
+    batch: int,
 ) -> int:
     """Delete exactly the events that a batch took; those of records that failed become failures, in one transaction.
 
-    Return its number.
+    `batch` is its number in the ledger. Return the transaction's number.
     """
 
     def run(name: str, **parameters: Any) -> None:
@@ -78,7 +79,8 @@ def acknowledge(
                 )
         if ids != EMPTY:
             run("acknowledge", ids=ids)
-        return int(scalar(connection, query(queries.get("note_pass", schema))))
+        statement = query(queries.get("note_acknowledged", schema))
+        return int(scalar(connection, statement, {"batch": batch}))
 
 
 def _storable(connection: Connection, text: str) -> str:

@@ -309,7 +309,12 @@ class Acknowledger:
         ledger.make_durable(self._target.reader)
         config = self._link.config
         self.transaction = outbox.acknowledge(
-            self._source, config.schema_name, batch.intake.ids, batch.outcomes, config.retry
+            self._source,
+            config.schema_name,
+            batch.intake.ids,
+            batch.outcomes,
+            config.retry,
+            batch.ledger_id,
         )
 
     def acknowledged(self) -> list[int]:

@@ -19,12 +19,22 @@ def config_of(pair: Pair, path: Path | None = None) -> Config:
 def installed(pair: Pair, path: Path | None = None) -> Config:
     """Install the pipeline on both nodes and return the configuration."""
     config = config_of(pair, path)
+    _install(config)
+    return config
+
+
+def confirm(config: Config) -> list[install.Step]:
+    """Confirm that the databases are the nodes'."""
+    return _install(config, confirm_identity=True)
+
+
+def _install(config: Config, *, confirm_identity: bool = False) -> list[install.Step]:
     with (
         connected(config.first, config, "install") as one,
         connected(config.second, config, "install") as two,
     ):
-        install.install(config, {config.first.name: one, config.second.name: two})
-    return config
+        connections = {config.first.name: one, config.second.name: two}
+        return install.install(config, connections, confirm_identity=confirm_identity)
 
 
 def totals(pair: Pair) -> Totals:

@@ -77,7 +77,13 @@ create table {schema}.sync_node (
     database_oid oid not null,
     installed_at timestamptz not null default clock_timestamp(),
     paused_at timestamptz,
-    last_pass_at timestamptz
+    last_pass_at timestamptz,
+    -- Batches, by their number in the ledger of the target: the last one that was applied here; the last of this node's
+    -- own that was acknowledged here; the last one that was applied here and is known to be acknowledged on the peer. A
+    -- node that has not applied or acknowledged what the other one knows of has lost commits.
+    applied_batch bigint not null default 0,
+    acknowledged_batch bigint not null default 0,
+    forgotten_batch bigint not null default 0
 );
 
 -- What an operator asks first.

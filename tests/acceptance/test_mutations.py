@@ -34,8 +34,8 @@ WAITING = "tests/integration/test_waiting.py"
 MUTATIONS = {
     "the ledger": Mutation(
         "sync_pipeline/ledger.py",
-        "for _, ids, retried, read_at in rows:",
-        "for _, ids, retried, read_at in rows[:0]:",
+        "for batch, ids, retried, read_at in rows:",
+        "for batch, ids, retried, read_at in rows[:0]:",
         f"{CRASHES}::test_a_batch_committed_but_not_acknowledged_is_not_applied_twice",
     ),
     "the recovery of both directions before the first": Mutation(

@@ -13,16 +13,24 @@ import pytest
 
 from sync_pipeline import doctor, ledger, passes, stream
 from sync_pipeline.config import load
-from sync_pipeline.errors import ConnectionFailed, PassInterrupted
+from sync_pipeline.errors import ConnectionFailed, PassInterrupted, WrongDatabase
 from sync_pipeline.link import lead
 from sync_pipeline.servers import Server
 from tests.crashing import POINTS, Point
-from tests.engine import accused, config_of, equal, installed, repaired, sync_pair, verified
+from tests.engine import (
+    accused,
+    config_of,
+    confirm,
+    equal,
+    installed,
+    repaired,
+    sync_pair,
+    verified,
+)
 from tests.helpers import Node, Pair, dsn_variable, write_config
 from tests.replicas import Replica, replicable, short_directory, until
 
-# What the runbook says for the node that stays, and for the one that went back.
-PAUSE = "update sync.sync_node set paused_at = coalesce(paused_at, now())"
+# What the runbook says for a node that was restored.
 FORGET = (
     "delete from sync.sync_events; delete from sync.sync_failures; delete from sync.sync_applied"
 )
@@ -79,18 +87,22 @@ def last_id(node: Node) -> int:
 
 def mend(pair: Pair) -> None:
     """Follow the runbook, section "After a restore"."""
-    pair.crm.execute(PAUSE)
     pair.crm.execute(FORGET)
+    confirm(config_of(pair))
     assert not verified(pair).equal
     repaired(pair, "billing")
-    resume(pair)
     sync_pair(pair)
     assert verified(pair).equal
 
 
-def resume(pair: Pair) -> None:
-    for node in pair.nodes:
-        node.execute("update sync.sync_node set paused_at = null")
+def refused(pair: Pair, match: str) -> None:
+    """Nobody leads, `install` changes nothing, and doctor says why."""
+    with pytest.raises(WrongDatabase, match=match):
+        sync_pair(pair)
+    with pytest.raises(WrongDatabase, match=match):
+        installed(pair)
+    [found] = [f for f in doctor.examine(config_of(pair)) if f.check == "identity"]
+    assert (found.level, found.node) == ("error", "crm")
 
 
 def test_a_replica_that_lacks_the_last_commits_takes_over_and_ids_come_back(
@@ -144,7 +156,7 @@ def test_a_consumer_works_on_the_primary_wherever_its_dsn_leads_first(
 
 @pytest.fixture
 def failed_over(pair: Pair, directory: Path) -> Iterator[Pair]:
-    """A replica that lacks the last work of both nodes has taken crm's place; billing was paused before."""
+    """A replica that lacks the last work of both nodes has taken crm's place."""
     installed(pair)
     with Replica.of(pair.crm.server, directory / "replica") as replica:
         add(pair.crm, 1, 10)
@@ -167,7 +179,6 @@ def failed_over(pair: Pair, directory: Path) -> Iterator[Pair]:
         pair.crm.execute("update accounts set name = 'lost' where id = 5")
         add(pair.crm, 31, 32)
         pair.crm.server.stop("immediate")
-        pair.billing.execute(PAUSE)
         replica.start()
         replica.promote()
         with replaced(pair, replica) as promoted:
@@ -192,11 +203,13 @@ def test_a_promoted_replica_is_the_same_database_on_a_new_timeline(failed_over: 
     timeline = "left(pg_walfile_name(pg_current_wal_lsn()), 8)"
     same = "system_identifier = (select system_identifier::text from pg_control_system())"
     assert crm.rows(f"select {timeline}, {same} from sync.sync_node") == [("00000002", True)]
-    assert {f.check for f in doctor.examine(config_of(failed_over))} == {"backlog", "paused"}
-    resume(failed_over)
+    assert {f.check for f in doctor.examine(config_of(failed_over))} == {"backlog", "identity"}
     work_on(failed_over)
     crm.insert("accounts", id=13, name="a new record with the key of a lost one")
-    # No confirmation is asked for, and what is written from now on converges.
+    refused(failed_over, "lost commits: it has acknowledged batch 1, billing knows of 2")
+    assert crm.pending() == 6
+    # Once it is confirmed, what is written from now on converges.
+    confirm(config_of(failed_over))
     sync_pair(failed_over)
 
     # Exactly what the lost commits left: nothing of what only crm had, nothing of the work since.
@@ -221,13 +234,26 @@ def test_a_promoted_replica_is_the_same_database_on_a_new_timeline(failed_over: 
     assert {row[0] for row in failed_over.crm.rows("accounts")} == kept
 
 
-def test_a_failover_that_is_treated_as_a_restore_sends_no_older_row(failed_over: Pair) -> None:
-    assert failed_over.crm.pending() == 1
+def test_what_a_promoted_replica_had_marked_before_is_forgotten_and_sends_no_older_row(
+    failed_over: Pair,
+) -> None:
+    crm = failed_over.crm
+    took_over = crm.value("select clock_timestamp()")
+    work_on(failed_over)
+    refused(failed_over, "lost commits")
 
-    mend(failed_over)
+    crm.execute("delete from sync.sync_events where created_at < %s", took_over)
+    crm.execute("delete from sync.sync_failures")
+    confirm(config_of(failed_over))
+    sync_pair(failed_over)
 
     assert failed_over.billing.rows("select name from accounts where id = 9") == [("newer",)]
-    work_on(failed_over)
+    assert accused(verified(failed_over).tables["accounts"]) == {
+        "missing on billing": ["2", "4"],
+        "missing on crm": ["11", "12", "13", "21", "22"],
+        "different": ["1", "3", "9"],
+    }
+    assert repaired(failed_over, "billing") == 10
     sync_pair(failed_over)
     assert equal(failed_over)
     for node in failed_over.nodes:
@@ -241,10 +267,7 @@ def test_a_node_is_restored_from_an_older_backup(pair: Pair, directory: Path) ->
     add(pair.crm, 1, 100)
     sync_pair(pair)
     pair.crm.execute("update accounts set name = 'not sent before the backup' where id = 1")
-    server.stop("immediate")
-    backup = directory / "backup"
-    _copy(server.data_directory, backup)
-    server.start()
+    backup = backed_up(server, directory)
     with replaced(pair, server) as later:
         later.crm.execute("update accounts set name = 'later' where id <= 50")
         later.crm.execute("delete from accounts where id > 90")
@@ -253,12 +276,10 @@ def test_a_node_is_restored_from_an_older_backup(pair: Pair, directory: Path) ->
         later.billing.execute("update accounts set name = 'of billing' where id = 1")
         sync_pair(later)
         add(later.billing, 251, 260)
-    server.stop("immediate")
-    shutil.rmtree(server.data_directory)
-    backup.rename(server.data_directory)
-    server.start()
+    restore(backup, server)
     with replaced(pair, server) as restored:
         assert restored.crm.pending() == 1
+        refused(restored, "lost commits: it has acknowledged batch 1, billing knows of 2")
         mend(restored)
         assert equal(restored)
         assert restored.crm.rows("select name from accounts where id = 1") == [("of billing",)]
@@ -272,9 +293,40 @@ def test_a_node_is_restored_from_an_older_backup(pair: Pair, directory: Path) ->
         assert equal(restored)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a directory with its owner."""
-    subprocess.run(["cp", "-a", str(source), str(target)], check=True)
+def test_a_node_that_has_lost_what_it_received_is_refused(pair: Pair, directory: Path) -> None:
+    installed(pair)
+    server = pair.crm.server
+    backup = backed_up(server, directory)
+    with replaced(pair, server) as later:
+        add(later.billing, 1, 10)
+        sync_pair(later)
+    restore(backup, server)
+    with replaced(pair, server) as restored:
+        add(restored.billing, 11, 12)
+        refused(restored, "lost commits: it has applied batch 0, billing knows of 1")
+        confirm(config_of(restored))
+        assert repaired(restored, "billing") == 10
+        sync_pair(restored)
+        assert restored.crm.value("select count(*) from accounts") == 12
+        assert equal(restored)
+
+
+def backed_up(server: Server, directory: Path) -> Path:
+    """Stop a server, copy its files and start it again."""
+    server.stop("immediate")
+    backup = directory / "backup"
+    # With their owner.
+    subprocess.run(["cp", "-a", str(server.data_directory), str(backup)], check=True)
+    server.start()
+    return backup
+
+
+def restore(backup: Path, server: Server) -> None:
+    """Let a backup take the place of a server's files."""
+    server.stop("immediate")
+    shutil.rmtree(server.data_directory)
+    backup.rename(server.data_directory)
+    server.start()
 
 
 def test_a_batch_whose_wait_for_a_standby_was_cancelled_is_not_acknowledged(pair: Pair) -> None:

@@ -165,9 +165,7 @@ def test_a_recovery_waits_until_the_batch_is_on_the_disk_of_the_target(durable_p
             " set_config('sync_pipeline.applying', 'sync', true)"
         )
         consumer.execute("insert into accounts (id, name) values (1, 'the only copy')")
-        consumer.execute(
-            "insert into sync.sync_applied (source, ids, read_at) values ('crm', %s, now())", [ids]
-        )
+        ledger.record(consumer, "sync", "crm", ids, [], "now")
         consumer.commit()
         with (
             Point("before", ledger, "forget").struck_by(lambda: billing.server.stop("immediate")),

@@ -8,11 +8,10 @@ from dataclasses import replace
 import psycopg
 import pytest
 
-from sync_pipeline import doctor, install
-from sync_pipeline.config import Config, load
-from sync_pipeline.database import connected
+from sync_pipeline import doctor
+from sync_pipeline.config import load
 from sync_pipeline.errors import NotInstalled, WrongDatabase
-from tests.engine import config_of, equal, installed, sync_pair
+from tests.engine import config_of, confirm, equal, installed, sync_pair
 from tests.helpers import Cluster, Node, Pair, write_config
 
 
@@ -24,12 +23,6 @@ def refused(pair: Pair, match: str, *, is_installed: bool = True) -> None:
         sync_pair(pair)
     messages = [f.message for f in doctor.examine(config_of(pair)) if f.check == "identity"]
     assert any(match in message for message in messages)
-
-
-def confirm(config: Config) -> list[install.Step]:
-    with connected(config.first, config, "t") as one, connected(config.second, config, "t") as two:
-        connections = {config.first.name: one, config.second.name: two}
-        return install.install(config, connections, confirm_identity=True)
 
 
 @pytest.fixture(params=["template", "dump"])
@@ -122,6 +115,21 @@ def test_a_node_that_was_renamed_on_purpose_goes_on_once_it_is_confirmed(
     confirm(load(pair.config_path, pair.environment))
     sync_pair(pair)
     assert equal(pair)
+
+
+def test_a_node_that_is_installed_anew_has_lost_nothing(pair: Pair) -> None:
+    config = installed(pair)
+    for number, dropped in enumerate((pair.crm, pair.billing)):
+        for node in pair.nodes:
+            node.insert("accounts", id=2 * number + (node is pair.crm), name="one")
+            sync_pair(pair)
+        dropped.execute("drop schema sync cascade")
+        installed(pair)
+        sync_pair(pair)
+    pair.crm.insert("accounts", id=9, name="one")
+    sync_pair(pair)
+    assert equal(pair)
+    assert doctor.examine(config) == []
 
 
 def test_a_server_that_keeps_its_identifier_to_itself_is_told_by_the_database_alone(
