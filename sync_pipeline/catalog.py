@@ -225,7 +225,6 @@ def _relations(
             foreign_keys=(),
             partitions=tuple((schema, name) for schema, name in row["partitions"]),
             where=table.where(node),
-            row_security=row["row_security"],
             width=row["width"],
             missing_fields=missing[node],
             uncarried=_uncarried(table, node, row),

@@ -118,7 +118,6 @@ class Relation:
     foreign_keys: tuple[ForeignKey, ...]
     partitions: tuple[tuple[str, str], ...]
     where: str | None
-    row_security: bool
     # How many columns the table has ever had: one more when one is added.
     width: int
     missing_fields: tuple[str, ...] = ()

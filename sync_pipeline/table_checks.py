@@ -88,14 +88,6 @@ def _rights(
             f"the pipeline's role does not own {shown}, so it cannot create triggers there",
             "run install as the owner, or make the role a member of it",
         )
-    if relation.row_security:
-        yield _finding(
-            "error",
-            "row_security",
-            relation,
-            f"row-level security may hide rows of {shown}, and a hidden row looks deleted",
-            "use a role that owns the table without FORCE ROW LEVEL SECURITY, or has BYPASSRLS",
-        )
 
 
 def _shape(config: Config, relation: Relation, row: dict[str, Any]) -> Iterator[Finding]:
