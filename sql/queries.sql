@@ -36,7 +36,6 @@ select
                 'not_null', attribute.attnotnull,
                 'generated', attribute.attgenerated <> '',
                 'identity', attribute.attidentity::text,
-                'default', attribute.atthasdef,
                 'collation', (
                     select pg_catalog.quote_ident(collation_namespace.nspname)
                         || '.' || pg_catalog.quote_ident(loose.collname)
@@ -86,7 +85,6 @@ select
     (
         select coalesce(pg_catalog.jsonb_agg(
             pg_catalog.jsonb_build_object(
-                'name', reference.conname,
                 'schema', child_namespace.nspname,
                 'table', child.relname,
                 'parent', coalesce(pg_catalog.pg_partition_root(reference.confrelid), reference.confrelid)::oid::bigint,

@@ -217,7 +217,6 @@ def _relations(
             oid=row["oid"],
             schema=row["schema_name"],
             name=row["table_name"],
-            kind=row["kind"],
             key=key,
             columns={field: columns[node][field] for field in fields},
             key_is_deferrable=_key_is_deferrable(row, table, node, key),
@@ -275,9 +274,7 @@ def _columns(
             formatted_type=column["formatted"],
             domain=column["domain"],
             not_null=column["not_null"],
-            generated=column["generated"],
             identity=column["identity"],
-            has_default=column["default"],
             collation=column["collation"],
         )
     return columns
@@ -360,8 +357,6 @@ def _link_foreign_keys(
                 if parent is None:
                     continue
                 key = ForeignKey(
-                    name=reference["name"],
-                    table=table.name,
                     child=(reference["schema"], reference["table"]),
                     columns=tuple(reference["columns"]),
                     fields=_fields(relation, reference["columns"]),
@@ -371,7 +366,7 @@ def _link_foreign_keys(
                 )
                 # An excluded column is each node's own affair, but for a delete that would take rows along.
                 if reference["cascades"] or (
-                    known[key.table].issuperset(key.columns)
+                    known[table.name].issuperset(key.columns)
                     and known[key.parent].issuperset(key.parent_columns)
                 ):
                     keys.append(key)

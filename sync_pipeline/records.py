@@ -52,9 +52,7 @@ class Column:
     formatted_type: str
     domain: str | None
     not_null: bool
-    generated: bool
     identity: str
-    has_default: bool
     # Named only where texts that are not the same can be equal by it.
     collation: str | None = None
 
@@ -84,8 +82,6 @@ class ForeignKey:
     By the names of columns; also by those of fields, where all of them are carried.
     """
 
-    name: str
-    table: str
     # What refers: schema and name.
     child: tuple[str, str]
     columns: tuple[str, ...]
@@ -109,7 +105,6 @@ class Relation:
     oid: int
     schema: str
     name: str
-    kind: str
     key: tuple[str, ...]
     columns: dict[str, Column]
     key_is_deferrable: bool
