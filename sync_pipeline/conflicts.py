@@ -176,7 +176,7 @@ def log(applier: Applier, schema: str, table: str, decisions: list[Decision]) ->
             among=AMONG,
             conflicts=sql.Identifier(schema, "sync_conflicts"),
             table=table,
-            record_id=statements.record_id(),
+            record_id=statements.record_id,
             found=_FOUND,
             local_row=statements.as_row("t"),
             remote_row=statements.as_row("s"),

@@ -10,7 +10,7 @@ Where that does not help, a row that is to be deleted becomes the record that ta
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, LiteralString
+from typing import Any
 
 import psycopg
 from psycopg import sql
@@ -118,7 +118,7 @@ def holders(applier: Applier, table: str) -> list[Holder]:
             record_id=_id(statements),
             blocked=_blocked(statements, index),
             stage=statements.stage,
-            same_key=_same("blocked", statements),
+            same_key=_same(statements),
         )
         found += [Holder(*row) for row in _asked(applier, statement)]
     return found
@@ -137,7 +137,7 @@ def outsiders(applier: Applier, table: str, schema: str) -> list[str]:
             record_id=_id(statements),
             blocked=_blocked(statements, index),
             stage=statements.stage,
-            same_key=_same("blocked", statements),
+            same_key=_same(statements),
             events=sql.Identifier(schema, "sync_events"),
             failures=sql.Identifier(schema, "sync_failures"),
             table=table,
@@ -282,7 +282,7 @@ def _renamed(statements: TableStatements, index: UniqueIndex) -> sql.Composed:
         ),
         blocked=_blocked(statements, index),
         stage=statements.stage,
-        held=_same("blocked", statements, "gone"),
+        held=_same(statements, "gone"),
         same_key=statements.same_key("gone"),
         taken=statements.same_key(),
     )
@@ -402,9 +402,9 @@ def _named(values: Sequence[sql.Composable], names: Sequence[sql.Identifier]) ->
     )
 
 
-def _same(alias: LiteralString, statements: TableStatements, staged: str = "s") -> sql.Composed:
+def _same(statements: TableStatements, staged: str = "s") -> sql.Composed:
     return sql.SQL(" and ").join(
-        sql.SQL(alias + ".{} = {}").format(key, statements.staged(field, staged))
+        sql.SQL("blocked.{} = {}").format(key, statements.staged(field, staged))
         for key, field in zip(_keys(statements), statements.relation.key, strict=True)
     )
 

@@ -292,7 +292,7 @@ class Snapshot:
         ).format(
             to_stdout=sql.SQL(self._to_stdout),
             first=first_number,
-            columns=_columns(relation, "t"),
+            columns=_columns(relation),
             relation=sql.Identifier(relation.schema, relation.name),
             names=sql.SQL(", ").join(
                 sql.SQL("t.{}").format(sql.Identifier(c.name)) for c in columns
@@ -507,7 +507,7 @@ def _rows(
                 sql.Identifier(relation.schema, relation.name).as_string(None),
                 relation.oid,
             ),
-            columns=_columns(relation, "t", keys),
+            columns=_columns(relation, keys),
             joined=joined.format(
                 relation=sql.Identifier(relation.schema, relation.name),
                 column=sql.Identifier(key_columns[0].name),
@@ -557,7 +557,7 @@ def one_row(relation: Relation, record_ids: Sequence[str]) -> sql.Composed:
     return sql.SQL(
         "select count(row({columns}, ({condition}))) from {relation} as t where {same_key} and $1 = $2"
     ).format(
-        columns=_columns(relation, "t"),
+        columns=_columns(relation),
         condition=sql.SQL(relation.where or "true"),
         relation=sql.Identifier(relation.schema, relation.name),
         same_key=sql.SQL(" and ").join(
@@ -567,11 +567,11 @@ def one_row(relation: Relation, record_ids: Sequence[str]) -> sql.Composed:
     )
 
 
-def _columns(relation: Relation, alias: str, keys: Sequence[sql.Identifier] = ()) -> sql.Composed:
-    """Compose the columns of a row in field order; keys fall back to the event's when the row is gone."""
+def _columns(relation: Relation, keys: Sequence[sql.Identifier] = ()) -> sql.Composed:
+    """Compose the columns of the row `t` in field order; keys fall back to the event's when the row is gone."""
     columns = []
     for index, column in enumerate(relation.columns.values()):
-        value = sql.SQL(alias + ".{}").format(sql.Identifier(column.name))
+        value = sql.SQL("t.{}").format(sql.Identifier(column.name))
         if index < len(keys):
             value = sql.SQL("coalesce({}, changed.{})").format(value, keys[index])
         columns.append(value)

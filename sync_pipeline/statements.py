@@ -80,13 +80,14 @@ class TableStatements:
     def _read(self, value: sql.Composable) -> sql.Composed:
         return sql.SQL("pg_catalog.convert_from({}, 'UTF8')").format(self._bytes(value))
 
-    def record_id(self, alias: str = "s") -> sql.Composed:
+    @property
+    def record_id(self) -> sql.Composed:
         """The text of a staged record's key, as `sync_events` has it."""
         return record_id(
             self.relation,
             {
-                field: self._read(value) if self._is_kept_raw(field) else self.staged(field, alias)
-                for field, value in self._keys(alias).items()
+                field: self._read(value) if self._is_kept_raw(field) else self.staged(field)
+                for field, value in self._keys.items()
             },
         )
 
@@ -95,7 +96,7 @@ class TableStatements:
         """The UTF-8 of a staged record's id, even where the target has not all of its characters."""
         keys = {
             field: sql.Composed([value]) if self._is_kept_raw(field) else self.staged(field)
-            for field, value in self._keys("s").items()
+            for field, value in self._keys.items()
         }
         text = record_id(self.relation, keys)
         return text if self.raw is None else self._bytes(text)
@@ -105,10 +106,9 @@ class TableStatements:
         numbers = {"numeric", "real", "double precision"}
         return self.raw is not None and self.relation.columns[field].type_name not in numbers
 
-    def _keys(self, alias: str) -> dict[str, sql.SQL]:
-        return {
-            field: sql.SQL(f"{alias}.c{index}") for index, field in enumerate(self.relation.key)
-        }
+    @property
+    def _keys(self) -> dict[str, sql.SQL]:
+        return {field: sql.SQL(f"s.c{index}") for index, field in enumerate(self.relation.key)}
 
     def is_key(self, text: sql.Composable, schema: str) -> sql.Composed:
         """True when a text is a key of this table: safe to be read as one."""
@@ -356,7 +356,7 @@ class TableStatements:
             "select s.n, {record_id} from {stage} as s join {target} as t on {same_key} "
             "where not s.present and exists (select from {child} as c where {reference}{going}) order by s.n"
         ).format(
-            record_id=self.record_id(),
+            record_id=self.record_id,
             stage=self.stage,
             target=self.target,
             same_key=self.same_key(),
@@ -563,7 +563,7 @@ class TableStatements:
             events=sql.Identifier(schema, "sync_events"),
             failures=sql.Identifier(schema, "sync_failures"),
             table=self.relation.table,
-            record_id=self.record_id(),
+            record_id=self.record_id,
         )
 
     def as_row(self, alias: str) -> sql.Composed:

@@ -238,7 +238,7 @@ from found
 group by n, record_id
 order by n"""
     ).format(
-        record_id=statements.record_id(),
+        record_id=statements.record_id,
         keys=sql.SQL(", ").join(
             sql.SQL("{} as {}").format(statements.staged(field_), key)
             for field_, key in zip(relation.key, _keys(statements), strict=True)
