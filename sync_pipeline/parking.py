@@ -130,17 +130,14 @@ def outsiders(applier: Applier, table: str, schema: str) -> list[str]:
     found: dict[str, None] = {}
     for index in _indexes(applier, table):
         statement = sql.SQL(
-            "select distinct {record_id} from {blocked} where not exists (select from {stage} as s where {same_key}) "
-            "and not exists (select from {events} where table_name = {table} and record_id = {record_id}) "
-            "and not exists (select from {failures} where table_name = {table} and record_id = {record_id})"
+            "select distinct {record_id} from {blocked} "
+            "where not exists (select from {stage} as s where {same_key}) and {is_clean}"
         ).format(
             record_id=_id(statements),
             blocked=_blocked(statements, index),
             stage=statements.stage,
             same_key=_same(statements),
-            events=sql.Identifier(schema, "sync_events"),
-            failures=sql.Identifier(schema, "sync_failures"),
-            table=table,
+            is_clean=statements.is_clean(_id(statements), schema),
         )
         found |= dict.fromkeys(rid for (rid,) in _asked(applier, statement))
     return list(found)

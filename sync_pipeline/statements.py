@@ -135,6 +135,34 @@ class TableStatements:
         )
 
     @property
+    def child_id(self) -> sql.Composed:
+        """The id of the user's row `c`."""
+        fields = self.relation.key
+        return record_id(
+            self.relation, {field: sql.SQL("c.{}").format(self.column(field)) for field in fields}
+        )
+
+    @property
+    def same_child(self) -> sql.Composed:
+        """The join of the user's row `c` with its staged row `g`."""
+        return sql.SQL(" and ").join(
+            sql.SQL("c.{} = {}").format(self.column(field), self.staged(field, "g"))
+            for field in self.relation.key
+        )
+
+    def is_clean(self, text: sql.Composable, schema: str) -> sql.Composed:
+        """True when the record of an id has no event and no failure on this node."""
+        return sql.SQL(
+            "not exists (select from {} where table_name = {table} and record_id = {id}) "
+            "and not exists (select from {} where table_name = {table} and record_id = {id})"
+        ).format(
+            sql.Identifier(schema, "sync_events"),
+            sql.Identifier(schema, "sync_failures"),
+            table=self.relation.table,
+            id=text,
+        )
+
+    @property
     def create_stage(self) -> sql.Composed:
         """Create the staging table of this session."""
         columns = sql.SQL(", ").join(
@@ -327,16 +355,16 @@ class TableStatements:
         self, child: "TableStatements", key: ForeignKey, *, child_is_staged: bool
     ) -> sql.Composed:
         """Return number and id of records about to be deleted that a row of `child` still refers to."""
-        going = _not_going(child) if child_is_staged else sql.SQL("")
+        going: sql.Composable = sql.SQL("")
+        if child_is_staged:
+            going = sql.SQL(
+                " and not exists (select from {} as g where not g.present and {})"
+            ).format(child.stage, child.same_child)
         return self._gone_but_referenced(sql.Identifier(*key.child), _reference(key), going)
 
     def referenced_by(self, child: "TableStatements", key: ForeignKey) -> sql.Composed:
         """Return number and id of records about to be deleted that some rows of `child` still refer to."""
-        child_id = record_id(
-            child.relation,
-            {f: sql.SQL("c.{}").format(child.column(f)) for f in child.relation.key},
-        )
-        some = sql.SQL(" and {} = any (%(record_ids)s::text[])").format(child_id)
+        some = sql.SQL(" and {} = any (%(record_ids)s::text[])").format(child.child_id)
         return self._gone_but_referenced(sql.Identifier(*key.child), _reference(key), some)
 
     def referenced_from(
@@ -369,35 +397,23 @@ class TableStatements:
         self, child: "TableStatements", key: ForeignKey, schema: str, *, child_is_staged: bool
     ) -> sql.Composed:
         """Return the ids of clean rows of `child`, not staged, that refer to records about to be deleted."""
-        child_id = record_id(
-            child.relation,
-            {f: sql.SQL("c.{}").format(child.column(f)) for f in child.relation.key},
-        )
         staged: sql.Composable = sql.SQL("")
         if child_is_staged:
             staged = sql.SQL(" and not exists (select from {} as g where {})").format(
-                child.stage,
-                sql.SQL(" and ").join(
-                    sql.SQL("c.{} = {}").format(child.column(field), child.staged(field, "g"))
-                    for field in child.relation.key
-                ),
+                child.stage, child.same_child
             )
         return sql.SQL(
             "select distinct {child_id} from {stage} as s join {target} as t on {same_key} "
-            "join {child} as c on {reference} where not s.present{staged} "
-            "and not exists (select from {events} where table_name = {table} and record_id = {child_id}) "
-            "and not exists (select from {failures} where table_name = {table} and record_id = {child_id})"
+            "join {child} as c on {reference} where not s.present{staged} and {is_clean}"
         ).format(
-            child_id=child_id,
+            child_id=child.child_id,
             stage=self.stage,
             target=self.target,
             same_key=self.same_key(),
             child=sql.Identifier(*key.child),
             reference=_reference(key),
             staged=staged,
-            events=sql.Identifier(schema, "sync_events"),
-            failures=sql.Identifier(schema, "sync_failures"),
-            table=child.relation.table,
+            is_clean=child.is_clean(child.child_id, schema),
         )
 
     def mark_children(
@@ -422,60 +438,52 @@ class TableStatements:
         self, parent: "TableStatements", key: ForeignKey, *, parent_is_staged: bool
     ) -> sql.Composed:
         """Return the key values, as text, of parents that staged rows refer to and the target does not have."""
-        mine = [self.staged(field) for field in key.fields]
         staged: sql.Composable = sql.SQL("")
         if parent_is_staged:
             staged = sql.SQL(" and not exists (select from {} as p where p.present and {})").format(
-                parent.stage,
-                sql.SQL(" and ").join(
-                    sql.SQL("{} = {}").format(parent.staged(theirs, "p"), value)
-                    for theirs, value in zip(key.parent_fields, mine, strict=True)
-                ),
+                parent.stage, self._same_parent(parent, key, "p")
             )
-        return sql.SQL(
-            "select distinct {texts} from {stage} as s where s.present and {given} "
-            "and not exists (select from {parent} as p where {reference}){staged}"
-        ).format(
-            texts=sql.SQL(", ").join(sql.SQL("({})::text").format(value) for value in mine),
-            stage=self.stage,
-            given=sql.SQL(" and ").join(sql.SQL("{} is not null").format(value) for value in mine),
-            parent=parent.target,
-            reference=sql.SQL(" and ").join(
-                sql.SQL("p.{} = {}").format(parent.column(theirs), value)
-                for theirs, value in zip(key.parent_fields, mine, strict=True)
+        return sql.SQL("select distinct {} from {} as s where {}{}").format(
+            sql.SQL(", ").join(
+                sql.SQL("({})::text").format(self.staged(field)) for field in key.fields
             ),
-            staged=staged,
+            self.stage,
+            self._is_orphan(parent, key),
+            staged,
         )
 
     def orphans(
         self, parent: "TableStatements", key: ForeignKey, *, parent_is_staged: bool
     ) -> sql.Composed:
         """Return the numbers of staged records whose parent the target does not have, and the parent's, if staged."""
-        mine = [self.staged(field) for field in key.fields]
         number: sql.Composable = sql.SQL("null::bigint")
         staged: sql.Composable = sql.SQL("")
         if parent_is_staged:
             number = sql.SQL("g.n")
             staged = sql.SQL(" left join {} as g on g.present and {}").format(
-                parent.stage,
-                sql.SQL(" and ").join(
-                    sql.SQL("{} = {}").format(parent.staged(theirs, "g"), value)
-                    for theirs, value in zip(key.parent_fields, mine, strict=True)
-                ),
+                parent.stage, self._same_parent(parent, key, "g")
             )
-        return sql.SQL(
-            "select s.n, {number} from {stage} as s{staged} where s.present and {given} "
-            "and not exists (select from {parent} as p where {reference})"
-        ).format(
-            number=number,
-            stage=self.stage,
-            staged=staged,
-            given=sql.SQL(" and ").join(sql.SQL("{} is not null").format(value) for value in mine),
-            parent=parent.target,
-            reference=sql.SQL(" and ").join(
+        return sql.SQL("select s.n, {} from {} as s{} where {}").format(
+            number, self.stage, staged, self._is_orphan(parent, key)
+        )
+
+    def _is_orphan(self, parent: "TableStatements", key: ForeignKey) -> sql.Composed:
+        """True for a staged record `s` whose parent the target does not have."""
+        mine = [self.staged(field) for field in key.fields]
+        return sql.SQL("s.present and {} and not exists (select from {} as p where {})").format(
+            sql.SQL(" and ").join(sql.SQL("{} is not null").format(value) for value in mine),
+            parent.target,
+            sql.SQL(" and ").join(
                 sql.SQL("p.{} = {}").format(parent.column(theirs), value)
                 for theirs, value in zip(key.parent_fields, mine, strict=True)
             ),
+        )
+
+    def _same_parent(self, parent: "TableStatements", key: ForeignKey, alias: str) -> sql.Composed:
+        """The join of a staged record `s` with the staged row of its parent."""
+        return sql.SQL(" and ").join(
+            sql.SQL("{} = {}").format(parent.staged(theirs, alias), self.staged(mine))
+            for theirs, mine in zip(key.parent_fields, key.fields, strict=True)
         )
 
     def against(self, checks: list[str]) -> sql.Composed:
@@ -595,17 +603,6 @@ class TableStatements:
             ),
             sql.Identifier(schema, "sync_conflicts"),
         )
-
-
-def _not_going(child: TableStatements) -> sql.Composed:
-    """True, after an `and`, when the child `c` is not about to be deleted itself."""
-    return sql.SQL(" and not exists (select from {} as g where not g.present and {})").format(
-        child.stage,
-        sql.SQL(" and ").join(
-            sql.SQL("c.{} = {}").format(child.column(field), child.staged(field, "g"))
-            for field in child.relation.key
-        ),
-    )
 
 
 def _reference(key: ForeignKey) -> sql.Composed:
