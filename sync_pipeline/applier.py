@@ -301,8 +301,11 @@ def try_each(
     ]
 
 
-# Foreign keys and unique values: another record of the same statement may be what is missing or in the way.
-MAY_PASS_LATER = {"23503", "23505", "23P01"}
+# A unique and an exclusion constraint: two rows must not have these values at a time.
+VIOLATIONS = {"23505", "23P01"}
+FOREIGN_KEY_VIOLATION = "23503"
+# Another record of the same statement may be what is missing or in the way.
+MAY_PASS_LATER = VIOLATIONS | {FOREIGN_KEY_VIOLATION}
 
 
 def describe(error: psycopg.Error) -> str:

@@ -9,7 +9,7 @@ from typing import Self
 import psycopg
 
 from sync_pipeline import capture, clocks, conflicts, isolation, ledger, parking, queries
-from sync_pipeline.applier import Applier, Refusal, Step
+from sync_pipeline.applier import FOREIGN_KEY_VIOLATION, VIOLATIONS, Applier, Refusal, Step
 from sync_pipeline.companions import Companions
 from sync_pipeline.config import Config
 from sync_pipeline.conflicts import Decision
@@ -206,23 +206,23 @@ class Batch:
             self._rollback()
             sqlstate = self._error.sqlstate
             self._error = None
-            if sqlstate in parking.VIOLATIONS and self.applier.expect_new:
+            if sqlstate in VIOLATIONS and self.applier.expect_new:
                 self.applier.expect_new = False
                 self._savepoint()
                 continue
-            if sqlstate in parking.VIOLATIONS and not self._exchanging:
+            if sqlstate in VIOLATIONS and not self._exchanging:
                 self._exchanging = True
                 self._companions.bring_partners()
                 self._savepoint()
                 continue
-            if sqlstate in parking.VIOLATIONS and not self._renaming and self._can_rename():
+            if sqlstate in VIOLATIONS and not self._renaming and self._can_rename():
                 self._renaming = True
                 if not self._gathered:
                     self._gathered = True
                     self._companions.bring_children()
                 self._savepoint()
                 continue
-            if sqlstate == parking.FOREIGN_KEY_VIOLATION and self._companions.bring_parents():
+            if sqlstate == FOREIGN_KEY_VIOLATION and self._companions.bring_parents():
                 self._savepoint()
                 continue
             if not self._gathered:

@@ -13,7 +13,9 @@ from psycopg import sql
 
 from sync_pipeline import parking, queries
 from sync_pipeline.applier import (
+    FOREIGN_KEY_VIOLATION,
     MAY_PASS_LATER,
+    VIOLATIONS,
     Applier,
     Refusal,
     Step,
@@ -206,9 +208,9 @@ def _suspects(applier: Applier, step: Step, sqlstate: str | None) -> list[int]:
     [table] = step.tables
     statements = applier.statements(table)
     connection = applier.connection
-    if sqlstate in parking.VIOLATIONS:
+    if sqlstate in VIOLATIONS:
         return list(dict.fromkeys(holder.number for holder in parking.holders(applier, table)))
-    if sqlstate == parking.FOREIGN_KEY_VIOLATION:
+    if sqlstate == FOREIGN_KEY_VIOLATION:
         return list({number for number, _ in parking.orphans(applier, table)})
     if sqlstate in {NOT_NULL_VIOLATION, CHECK_VIOLATION}:
         carried = {column.name for column in statements.relation.columns.values()}

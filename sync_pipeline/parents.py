@@ -8,7 +8,7 @@ import psycopg
 from psycopg import sql
 
 from sync_pipeline import conflicts, parking, queries
-from sync_pipeline.applier import Applier, Refusal, Step
+from sync_pipeline.applier import FOREIGN_KEY_VIOLATION, Applier, Refusal, Step
 from sync_pipeline.companions import Companions
 from sync_pipeline.config import Config
 from sync_pipeline.conflicts import Decision
@@ -109,9 +109,7 @@ class Parents:
 
     def _refused(self, table: str, child: str, found: list[tuple[int, str]]) -> list[Refusal]:
         refused = [
-            Refusal(
-                table, number, parking.FOREIGN_KEY_VIOLATION, f"rows of {child} still refer to it"
-            )
+            Refusal(table, number, FOREIGN_KEY_VIOLATION, f"rows of {child} still refer to it")
             for number, _ in found
         ]
         parking.sit_out(self.applier, refused)

@@ -17,14 +17,11 @@ from psycopg import sql
 from psycopg.rows import class_row
 
 from sync_pipeline import queries
-from sync_pipeline.applier import Applier, Refusal
+from sync_pipeline.applier import FOREIGN_KEY_VIOLATION, VIOLATIONS, Applier, Refusal
 from sync_pipeline.capture import record_id
 from sync_pipeline.database import error_class, query, scalar
 from sync_pipeline.statements import TableStatements
 
-# A unique and an exclusion constraint: two rows must not have these values at a time.
-VIOLATIONS = {"23505", "23P01"}
-FOREIGN_KEY_VIOLATION = "23503"
 # Begins the names of what stands beside an application's columns, which may have any other name.
 _OURS = "sync_pipeline"
 
