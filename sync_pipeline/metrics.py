@@ -23,13 +23,12 @@ from sync_pipeline import operate
 from sync_pipeline.config import Config
 from sync_pipeline.database import connected
 from sync_pipeline.errors import LockTaken, SyncPipelineError
-from sync_pipeline.records import DirectionReport
+from sync_pipeline.records import OUTCOMES, DirectionReport
 from sync_pipeline.stream import Listener
 from sync_pipeline.views import FAILURE_STATES, NodeStatus, Status, TableStatus
 
 # Events of tables that are not in sync.yaml share this label: whoever writes events by hand makes no series.
 OTHER_TABLE = "other"
-OUTCOMES = ("upserted", "deleted", "unchanged", "conflicts", "failed")
 LAG_BUCKETS_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 3600)
 
 

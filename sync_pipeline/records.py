@@ -1,7 +1,8 @@
 """The values that the engine's modules hand each other."""
 
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from typing import Literal
 
@@ -157,6 +158,14 @@ class Counts:
     conflicts: int = 0
     failed: int = 0
 
+    @classmethod
+    def sum(cls, all_counts: Iterable["Counts"]) -> "Counts":
+        """Add up some counts."""
+        total = cls()
+        for counts in all_counts:
+            total.add(counts)
+        return total
+
     def add(self, other: "Counts") -> None:
         """Add another count to this one."""
         self.upserted += other.upserted
@@ -167,10 +176,9 @@ class Counts:
 
     def in_words(self) -> str:
         """Return `3 upserted, 1 conflict`, nothing where all counts are 0."""
-        counts = {field.name: getattr(self, field.name) for field in fields(self)}
         return ", ".join(
             counted(number, "conflict") if name == "conflicts" else f"{number:,} {name}"
-            for name, number in counts.items()
+            for name, number in asdict(self).items()
             if number
         )
 
@@ -178,6 +186,10 @@ class Counts:
     def total(self) -> int:
         """All records that were looked at."""
         return self.upserted + self.deleted + self.unchanged + self.conflicts + self.failed
+
+
+# What can become of a record, by the name of its count.
+OUTCOMES = tuple(each.name for each in fields(Counts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,10 +234,7 @@ class DirectionReport:
     @property
     def total(self) -> Counts:
         """The counts over all tables."""
-        total = Counts()
-        for counts in self.tables.values():
-            total.add(counts)
-        return total
+        return Counts.sum(self.tables.values())
 
     @property
     def did_something(self) -> bool:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, astuple
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -19,11 +20,10 @@ from sync_pipeline.cli.signals import stopped_by_signals
 from sync_pipeline.config import Config
 from sync_pipeline.errors import LockTaken, SyncPipelineError
 from sync_pipeline.link import Link
-from sync_pipeline.records import Counts, DirectionReport, counted, printable
+from sync_pipeline.records import OUTCOMES, DirectionReport, counted, printable
 from sync_pipeline.stream import Listener, Totals
 
 PANEL = "Run"
-COUNTS = ("upserted", "deleted", "unchanged", "conflicts", "failed")
 
 
 class LogFormat(StrEnum):
@@ -64,11 +64,8 @@ def sync(config: ConfigOption = None, as_json: JsonOption = False) -> None:
         waiting = ", ".join(f"{number:,} pending on {node}" for node, number in pending.items())
         show.say(f"paused: nothing was synced, {waiting}; `sync-pipeline resume` lets it go on")
         return
-    rows = [
-        (name, *(getattr(counts, each) for each in COUNTS))
-        for name, counts in totals.directions.items()
-    ]
-    show.console().print(show.table(None, ("direction", *COUNTS), rows))
+    rows = [(name, *astuple(counts)) for name, counts in totals.directions.items()]
+    show.console().print(show.table(None, ("direction", *OUTCOMES), rows))
     waiting = ", ".join(f"{node} {number:,}" for node, number in pending.items())
     show.say(
         f"{counted(totals.passes, 'pass')} in {show.duration(totals.seconds)}; still pending: {waiting}"
@@ -273,16 +270,12 @@ def _totals(totals: Totals) -> dict[str, Any]:
     return {
         "passes": totals.passes,
         "seconds": round(totals.seconds, 3),
-        "directions": {name: _counts(counts) for name, counts in totals.directions.items()},
+        "directions": {name: asdict(counts) for name, counts in totals.directions.items()},
     }
 
 
-def _counts(counts: Counts) -> dict[str, int]:
-    return {each: getattr(counts, each) for each in COUNTS}
-
-
 def _report(report: DirectionReport) -> dict[str, Any]:
-    return _counts(report.total) | {
+    return asdict(report.total) | {
         "lag_seconds": round(report.lag_seconds, 3),
         "clock_difference_seconds": report.clock_difference_seconds
         and round(report.clock_difference_seconds, 6),

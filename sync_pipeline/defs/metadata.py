@@ -47,14 +47,6 @@ def run_metadata(directions: Iterable[tuple[DirectionReport, float]]) -> dg.Tabl
     )
 
 
-def sum_of(reports: Iterable[DirectionReport]) -> Counts:
-    """Add up what several directions did."""
-    total = Counts()
-    for report in reports:
-        total.add(report.total)
-    return total
-
-
 def observations(names: Names, reports: Iterable[DirectionReport]) -> Iterator[dg.AssetObservation]:
     """Yield what passes did as one observation of each table's asset over both nodes; these draw its plots."""
     tables: dict[str, tuple[Counts, float]] = {}

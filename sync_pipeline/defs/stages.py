@@ -11,12 +11,12 @@ from sync_pipeline.defs.metadata import (
     observations,
     run_metadata,
     sentence,
-    sum_of,
 )
 from sync_pipeline.defs.names import Names
 from sync_pipeline.defs.session import Done, Session, failure
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.passes import Pass
+from sync_pipeline.records import Counts
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def process_dependents(context: dg.OpExecutionContext, parents: Stage) -> Stage:
         context.log_event(observation)
     context.instance.add_run_tags(
         context.run_id,
-        {"sync/result": counts_in_words(sum_of(done.report for done in session.done))},
+        {"sync/result": counts_in_words(Counts.sum(done.report.total for done in session.done))},
     )
     return Stage(report.name, "done")
 

@@ -186,7 +186,5 @@ def _tell(
 
 
 def _in_words(totals: Totals) -> str:
-    total = Counts()
-    for counts in totals.directions.values():
-        total.add(counts)
+    total = Counts.sum(totals.directions.values())
     return f"{counted(totals.passes, 'pass')}: {counts_in_words(total)}"
