@@ -505,30 +505,6 @@ where id between %(first_id)s and %(last_id)s
     and (%(record_ids)s::text[] is null or record_id = any (%(record_ids)s::text[]))
 group by record_id
 
--- name: read_invalid_keys
--- Records of a table whose text is no value of the key's type, or no array of values for a composite key.
-select record_id
-from (
-    select record_id from {schema}.sync_events where table_name = %(table_name)s
-    union
-    select record_id from {schema}.sync_failures
-    where table_name = %(table_name)s and next_attempt_at is not null
-) as waiting
-where case
-    when pg_catalog.array_length(%(types)s::text[], 1) = 1
-        then not {schema}.is_value(record_id, (%(types)s::text[])[1])
-    when not {schema}.is_value(record_id, 'jsonb') then true
-    when pg_catalog.jsonb_typeof(record_id::jsonb) <> 'array' then true
-    when pg_catalog.jsonb_array_length(record_id::jsonb)
-        <> pg_catalog.array_length(%(types)s::text[], 1) then true
-    else exists (
-        select
-        from unnest(%(types)s::text[]) with ordinality as part (type_name, position)
-        where (record_id::jsonb ->> (part.position::integer - 1)) is null
-            or not {schema}.is_value(record_id::jsonb ->> (part.position::integer - 1), part.type_name)
-    )
-end
-
 -- name: set_aside
 -- Move events of some records, or some of these, to the failures, dead: nothing can be done with them before an operator
 -- looks.
@@ -1027,25 +1003,6 @@ set paused_at = coalesce(paused_at, pg_catalog.clock_timestamp())
 -- Let consumption go on.
 update {schema}.sync_node
 set paused_at = null
-
--- name: read_valid_keys
--- Those of some record_ids that are keys of these types: one value, or a JSON array of several.
-select record_id
-from unnest(%(record_ids)s::text[]) as given (record_id)
-where case
-    when pg_catalog.array_length(%(types)s::text[], 1) = 1
-        then {schema}.is_value(record_id, (%(types)s::text[])[1])
-    when not {schema}.is_value(record_id, 'jsonb') then false
-    when pg_catalog.jsonb_typeof(record_id::jsonb) <> 'array' then false
-    when pg_catalog.jsonb_array_length(record_id::jsonb)
-        <> pg_catalog.array_length(%(types)s::text[], 1) then false
-    else not exists (
-        select
-        from unnest(%(types)s::text[]) with ordinality as part (type_name, position)
-        where (record_id::jsonb ->> (part.position::integer - 1)) is null
-            or not {schema}.is_value(record_id::jsonb ->> (part.position::integer - 1), part.type_name)
-    )
-end
 
 -- name: count_pending
 -- How many events wait, of one table or of all.

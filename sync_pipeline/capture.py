@@ -253,6 +253,24 @@ def key_values(relation: Relation, text: sql.Composable) -> list[sql.Composed]:
     return values
 
 
+def is_key(relation: Relation, text: sql.Composable, schema: str) -> sql.Composed:
+    """True when a text is a key of a relation: safe to be read as one."""
+    is_value = sql.Identifier(schema, "is_value")
+    names = [relation.columns[field].type_name for field in relation.key]
+    if len(names) == 1:
+        return sql.SQL("{}({}, {})").format(is_value, text, names[0])
+    parts = [
+        sql.SQL(
+            f"({{0}}::jsonb ->> {index}) is not null and {{1}}({{0}}::jsonb ->> {index}, {{2}})"
+        ).format(text, is_value, name)
+        for index, name in enumerate(names)
+    ]
+    return sql.SQL(
+        "case when not {0}({1}, 'jsonb') then false when pg_catalog.jsonb_typeof({1}::jsonb) <> 'array' then false "
+        "when pg_catalog.jsonb_array_length({1}::jsonb) <> {2} then false else {3} end"
+    ).format(is_value, text, len(names), sql.SQL(" and ").join(parts))
+
+
 def _is_citext(type_name: str) -> bool:
     return type_name.rsplit(".", maxsplit=1)[-1] == "citext"
 

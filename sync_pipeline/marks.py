@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from sync_pipeline import queries
-from sync_pipeline.capture import key_values, record_id
-from sync_pipeline.database import Connection, query, scalar
+from sync_pipeline.capture import is_key, key_values, record_id
+from sync_pipeline.database import Connection, scalar
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.records import Column, Relation
 
@@ -30,12 +29,10 @@ def valid_keys(
     connection: Connection, schema: str, relation: Relation, record_ids: Sequence[str]
 ) -> list[str]:
     """Return those of `record_ids` that are keys of the table."""
-    types = [relation.columns[field].type_name for field in relation.key]
-    rows = connection.execute(
-        query(queries.get("read_valid_keys", schema)),
-        {"record_ids": list(record_ids), "types": types},
-    )
-    return [row[0] for row in rows]
+    statement = sql.SQL(
+        "select record_id from unnest({}::text[]) as given (record_id) where {}"
+    ).format(list(record_ids), is_key(relation, sql.SQL("record_id"), schema))
+    return [row[0] for row in connection.execute(statement)]
 
 
 def require_keys(
@@ -45,12 +42,10 @@ def require_keys(
     valid = set(valid_keys(connection, schema, relation, record_ids))
     for key in record_ids:
         if key not in valid:
-            types = [relation.columns[field].type_name for field in relation.key]
-            expected = types[0] if len(types) == 1 else f"a JSON array of {', '.join(types)}"
             raise SyncPipelineError(
                 f"`{key}` is no key of {relation.table}",
                 node=relation.node,
-                remedy=f"write {expected}, as in the column record_id of sync_events",
+                remedy=f"write {relation.key_in_words}, as in the column record_id of sync_events",
             )
 
 

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from psycopg import sql
+
 from sync_pipeline import queries
 from sync_pipeline.applier import bounded, try_each
+from sync_pipeline.capture import is_key
 from sync_pipeline.config import RetryConfig
 from sync_pipeline.database import Connection, query, scalar, server_encoding
 from sync_pipeline.records import Failure, Relation
@@ -97,21 +100,27 @@ def set_aside_unknown(connection: Connection, schema: str, table: str, reason: s
 
 def set_aside_invalid_keys(connection: Connection, schema: str, relation: Relation) -> int:
     """Move events whose `record_id` is no key of their table out of the way; return how many."""
-    types = [relation.columns[name].type_name for name in relation.key]
-    rows = connection.execute(
-        query(queries.get("read_invalid_keys", schema)),
-        {"table_name": relation.table, "types": types},
-    ).fetchall()
+    statement = sql.SQL(
+        "select record_id from ("
+        "select record_id from {events} where table_name = {table} union "
+        "select record_id from {failures} where table_name = {table} and next_attempt_at is not null"
+        ") as waiting where not {is_key}"
+    ).format(
+        events=sql.Identifier(schema, "sync_events"),
+        failures=sql.Identifier(schema, "sync_failures"),
+        table=relation.table,
+        is_key=is_key(relation, sql.SQL("record_id"), schema),
+    )
+    rows = connection.execute(statement).fetchall()
     if not rows:
         return 0
-    expected = types[0] if len(types) == 1 else f"a JSON array of {', '.join(types)}"
     return _set_aside(
         connection,
         schema,
         relation.table,
         [row[0] for row in rows],
         "22P02",
-        f"the record_id is no key of {relation.table}: expected {expected}",
+        f"the record_id is no key of {relation.table}: expected {relation.key_in_words}",
     )
 
 

@@ -129,6 +129,12 @@ class Relation:
         return tuple(self.columns)
 
     @property
+    def key_in_words(self) -> str:
+        """What a record_id of the table is: `integer`, or `a JSON array of integer, text`."""
+        types = [self.columns[field].type_name for field in self.key]
+        return types[0] if len(types) == 1 else f"a JSON array of {', '.join(types)}"
+
+    @property
     def has_lookup_key(self) -> bool:
         """True when rows can be looked up by an array of keys: in one index, by values that have one spelling."""
         key = self.columns[self.key[0]]

@@ -110,23 +110,6 @@ class TableStatements:
     def _keys(self) -> dict[str, sql.SQL]:
         return {field: sql.SQL(f"s.c{index}") for index, field in enumerate(self.relation.key)}
 
-    def is_key(self, text: sql.Composable, schema: str) -> sql.Composed:
-        """True when a text is a key of this table: safe to be read as one."""
-        is_value = sql.Identifier(schema, "is_value")
-        names = [self.relation.columns[field].type_name for field in self.relation.key]
-        if len(names) == 1:
-            return sql.SQL("{}({}, {})").format(is_value, text, names[0])
-        parts = [
-            sql.SQL(
-                f"({{0}}::jsonb ->> {index}) is not null and {{1}}({{0}}::jsonb ->> {index}, {{2}})"
-            ).format(text, is_value, name)
-            for index, name in enumerate(names)
-        ]
-        return sql.SQL(
-            "case when not {0}({1}, 'jsonb') then false when pg_catalog.jsonb_typeof({1}::jsonb) <> 'array' then false "
-            "when pg_catalog.jsonb_array_length({1}::jsonb) <> {2} then false else {3} end"
-        ).format(is_value, text, len(names), sql.SQL(" and ").join(parts))
-
     def same_key(self, alias: str = "s") -> sql.Composed:
         """The join of the user's row `t` with its staged row."""
         return sql.SQL(" and ").join(

@@ -16,7 +16,7 @@ from psycopg.rows import class_row
 
 from sync_pipeline import queries
 from sync_pipeline.applier import Applier
-from sync_pipeline.capture import has_one_text, key_values
+from sync_pipeline.capture import has_one_text, is_key, key_values
 from sync_pipeline.database import Connection, query, scalar
 from sync_pipeline.statements import TableStatements
 
@@ -256,7 +256,7 @@ def _matched(statements: TableStatements, schema: str, waiting: sql.Composed) ->
     text = sql.SQL("waiting.record_id")
     values = sql.SQL("").join(
         sql.SQL(", case when {} then {} end as {}").format(
-            statements.is_key(text, schema), value, key
+            is_key(statements.relation, text, schema), value, key
         )
         for value, key in zip(key_values(statements.relation, text), keys, strict=True)
     )
