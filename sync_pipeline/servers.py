@@ -199,11 +199,6 @@ class Server:
                 self.kill()
         self._forget()
 
-    def restart(self, mode: StopMode = "fast") -> None:
-        """Stop and start again on the same port."""
-        self.stop(mode)
-        self.start()
-
     def kill(self) -> None:
         """Kill the postmaster and all its processes with SIGKILL, as a power cut would. `start` recovers."""
         import psutil  # noqa: PLC0415 - part of the extra `demo`
