@@ -54,7 +54,7 @@ class Problem:
 
 
 class ConfigurationError(SyncPipelineError):
-    """Fix `sync.yaml`. Prints one line for each of `problems`; the attributes are those of the first."""
+    """Fix `sync.yaml`. Prints one line for each of `problems`; `problem` and `remedy` are those of the first."""
 
     def __init__(
         self,
@@ -67,9 +67,6 @@ class ConfigurationError(SyncPipelineError):
         remedy: str | None = None,
     ) -> None:
         super().__init__(problem, remedy=remedy)
-        self.file = file
-        self.line = line
-        self.place = place
         self.problems: tuple[Problem, ...] = (
             Problem(problem, file, line, column, place, self.remedy),
         )
@@ -77,10 +74,7 @@ class ConfigurationError(SyncPipelineError):
     @classmethod
     def of(cls, problems: Sequence[Problem]) -> "ConfigurationError":
         """Gather all problems of a file in one error; at least one is needed."""
-        first = problems[0]
-        error = cls(
-            first.problem, file=first.file, line=first.line, place=first.place, remedy=first.remedy
-        )
+        error = cls(problems[0].problem, remedy=problems[0].remedy)
         error.problems = tuple(problems)
         return error
 

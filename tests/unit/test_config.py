@@ -274,9 +274,9 @@ def test_a_problem_names_file_line_place_and_remedy_in_one_line() -> None:
         "/etc/sync.yaml:5: tables[1].conflict: unknown policy `latest`; "
         "expected one of last_update_wins, hold, crm, billing"
     )
-    assert caught.value.file == "/etc/sync.yaml"
-    assert caught.value.place == "tables[1].conflict"
-    assert caught.value.line == 5
+    [problem] = caught.value.problems
+    assert (problem.file, problem.line) == ("/etc/sync.yaml", 5)
+    assert problem.place == "tables[1].conflict"
     assert caught.value.exit_code == 1
 
 
