@@ -7,7 +7,7 @@ some of them fail or differ, an `info` what is worth knowing.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from datetime import datetime
-from typing import Any
+from typing import Any, get_args
 
 import psycopg
 
@@ -15,11 +15,9 @@ from sync_pipeline import catalog, clocks, identity, node_checks, queries, table
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, connect, in_words, query, scalar
 from sync_pipeline.errors import ConnectionFailed, SyncPipelineError, WrongDatabase
-from sync_pipeline.records import Finding
+from sync_pipeline.records import Finding, Level
 
-__all__ = ["Finding", "examine"]
-
-_LEVELS = ("error", "warning", "info")
+_LEVELS = get_args(Level)
 
 
 def examine(config: Config) -> list[Finding]:

@@ -248,11 +248,14 @@ class DirectionReport:
         return self.events > 0 or self.total.total > 0 or self.set_aside > 0
 
 
+Level = Literal["error", "warning", "info"]
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """What an examination found: `error` keeps records from being synced, `warning` may, `info` is worth knowing."""
 
-    level: Literal["error", "warning", "info"]
+    level: Level
     check: str
     node: str | None
     table: str | None

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import psycopg
 from psycopg import sql
@@ -15,10 +15,7 @@ from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, error_class, in_words, query
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.records import Relation, spelled
-from sync_pipeline.statements import TableStatements
-
-# Whose row of a logged conflict: that of the node that has the log, or the other's.
-Whose = Literal["local", "remote"]
+from sync_pipeline.statements import TableStatements, Whose
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from sync_pipeline.records import SAME_IN_JSONB, ForeignKey, Relation
 
 # What the events say of the staged records: whether the target has them.
 Expected = Literal["new", "mostly new", "known"]
+# Whose row of a logged conflict: that of the node that has the log, or the other's.
+Whose = Literal["local", "remote"]
 
 # The staged records of some numbers, which are few. The planner, without statistics of a staging table, believes that
 # of a range alone; else it might read all of the table of the user.
@@ -574,7 +576,7 @@ class TableStatements:
             fields
         )
 
-    def stage_logged(self, schema: str, whose: Literal["local", "remote"]) -> sql.Composed:
+    def stage_logged(self, schema: str, whose: Whose) -> sql.Composed:
         """Stage a row of the log of conflicts as record 1."""
         return sql.SQL("insert into {} select 1, true, {} from {} where id = %(id)s").format(
             self.stage,

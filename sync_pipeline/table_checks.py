@@ -1,7 +1,7 @@
 """What doctor looks for in the synced tables, beyond what `catalog` must have to sync them at all."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from psycopg.rows import dict_row
 
@@ -11,9 +11,8 @@ from sync_pipeline.column_types import narrowing
 from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, query
 from sync_pipeline.errors import NotInstalled
-from sync_pipeline.records import Column, Finding, Relation, spelled
+from sync_pipeline.records import Column, Finding, Level, Relation, spelled
 
-Level = Literal["error", "warning", "info"]
 _ON_DELETE = {"c": "delete cascade", "n": "set null", "d": "set default"}
 
 
