@@ -30,8 +30,7 @@ LOCATION = f"""
 import os
 
 from dagster import Definitions
-from sync_pipeline.config import load
-from sync_pipeline.defs import build_sync_definitions
+from sync_pipeline import build_sync_definitions, load
 
 defs = Definitions.merge(
     build_sync_definitions(load(), stream_seconds={STREAM_SECONDS}),
