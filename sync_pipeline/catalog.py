@@ -133,39 +133,7 @@ def _relations(
     keys: dict[str, tuple[str, ...]] = {}
     for node, row in found.items():
         place = _Place(config, index, table.name, node)
-        if row["oid"] is None:
-            schema, name = table.relation(node)
-            shown = f"{schema}.{name}" if schema else name
-            raise place.missing(
-                f"table {shown} does not exist",
-                f"create it, correct its name in {config.file}, or grant this role usage on its schema",
-            )
-        if row["kind"] not in _TABLE_KINDS:
-            raise place.problem(
-                f"{row['schema_name']}.{row['table_name']} is not a table",
-                "only ordinary and partitioned tables can be synced",
-            )
-        if row["is_partition"]:
-            # A statement that names the partitioned table fires no statement trigger of its partitions.
-            raise place.problem(
-                f"{row['schema_name']}.{row['table_name']} is a partition",
-                "sync the partitioned table that it belongs to",
-            )
-        if row["inherits"]:
-            raise place.problem(
-                f"{row['schema_name']}.{row['table_name']} inherits from a table or is inherited from",
-                "use partitions instead of inheritance, or leave the table out",
-            )
-        if row["row_security"]:
-            raise place.problem(
-                f"row-level security can hide rows of {row['schema_name']}.{row['table_name']}",
-                "connect as the table's owner (without FORCE ROW LEVEL SECURITY) or as a role with BYPASSRLS",
-            )
-        if row["rule"] and table.sends(config.other(node).name):
-            raise place.problem(
-                f"PostgreSQL refuses what the pipeline writes to a table with a rule, such as {row['rule']}",
-                "make a trigger of the rule",
-            )
+        _require_fit(table, node, row, place)
         columns[node] = _columns(table, node, row, place)
         keys[node] = _key(table, row, columns[node], place)
     names = {(node, column["name"]) for node, row in found.items() for column in row["columns"]}
@@ -230,6 +198,42 @@ def _relations(
         )
         for node, row in found.items()
     }
+
+
+def _require_fit(table: TableConfig, node: str, row: dict[str, Any], place: "_Place") -> None:
+    """Raise unless the relation of a node is there and of a kind that can be synced."""
+    config = place.config
+    if row["oid"] is None:
+        shown = ".".join(filter(None, table.relation(node)))
+        raise place.missing(
+            f"table {shown} does not exist",
+            f"create it, correct its name in {config.file}, or grant this role usage on its schema",
+        )
+    shown = f"{row['schema_name']}.{row['table_name']}"
+    if row["kind"] not in _TABLE_KINDS:
+        raise place.problem(
+            f"{shown} is not a table", "only ordinary and partitioned tables can be synced"
+        )
+    if row["is_partition"]:
+        # A statement that names the partitioned table fires no statement trigger of its partitions.
+        raise place.problem(
+            f"{shown} is a partition", "sync the partitioned table that it belongs to"
+        )
+    if row["inherits"]:
+        raise place.problem(
+            f"{shown} inherits from a table or is inherited from",
+            "use partitions instead of inheritance, or leave the table out",
+        )
+    if row["row_security"]:
+        raise place.problem(
+            f"row-level security can hide rows of {shown}",
+            "connect as the table's owner (without FORCE ROW LEVEL SECURITY) or as a role with BYPASSRLS",
+        )
+    if row["rule"] and table.sends(config.other(node).name):
+        raise place.problem(
+            f"PostgreSQL refuses what the pipeline writes to a table with a rule, such as {row['rule']}",
+            "make a trigger of the rule",
+        )
 
 
 def _check_condition(place: "_Place", connection: Connection, relation: Relation) -> None:
