@@ -130,6 +130,7 @@ def settle(
             )
         undecided = [d.dirty for d in mine if not d.equal and d.winner is None]
         if undecided:
+            reason = f"changed on both nodes; see sync_conflicts on {target}"
             connection.execute(
                 query(queries.get("hold_records", schema)),
                 {
@@ -137,19 +138,10 @@ def settle(
                     "record_ids": [item.record_id for item in undecided for _ in item.event_ids],
                     "table_name": table,
                     "error_class": HELD,
-                    "error": f"changed on both nodes; see sync_conflicts on {target}",
+                    "error": reason,
                 },
             )
-            held += [
-                Failure(
-                    table,
-                    item.record_id,
-                    HELD,
-                    f"changed on both nodes; see sync_conflicts on {target}",
-                    held=True,
-                )
-                for item in undecided
-            ]
+            held += [Failure(table, d.record_id, HELD, reason, held=True) for d in undecided]
         lost = [d.dirty.number for d in mine if d.equal or d.winner != source]
         if lost:
             applier.unstage(lost, table)
