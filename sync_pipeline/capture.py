@@ -9,6 +9,7 @@ what the application's triggers do as a consequence is work of this node and is.
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from psycopg import sql
@@ -251,6 +252,18 @@ def key_values(relation: Relation, text: sql.Composable) -> list[sql.Composed]:
         collate = sql.SQL(f" collate {column.collation}" if column.collation else "")
         values.append(sql.SQL(f"({{}})::{column.type_name}").format(part) + collate)
     return values
+
+
+def key_names(relation: Relation) -> list[sql.Identifier]:
+    """Return what the values of a key are called in a statement that has them beside a row."""
+    return [sql.Identifier(f"key {index}") for index in range(len(relation.key))]
+
+
+def named(values: Iterable[sql.Composable], names: Iterable[sql.Composable]) -> sql.Composed:
+    """Compose a list of values, each by its name."""
+    return sql.SQL(", ").join(
+        sql.SQL("{} as {}").format(value, name) for value, name in zip(values, names, strict=True)
+    )
 
 
 def is_key(relation: Relation, text: sql.Composable, schema: str) -> sql.Composed:

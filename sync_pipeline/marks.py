@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from sync_pipeline.capture import is_key, key_values, record_id
+from sync_pipeline.capture import is_key, key_names, key_values, named, record_id
 from sync_pipeline.database import Connection, scalar
 from sync_pipeline.errors import SyncPipelineError
 from sync_pipeline.records import Column, Relation
@@ -77,7 +77,7 @@ def mark_keys(
     """Mark records by their ids; those without a row are marked as deleted. Returns how many records."""
     require_keys(connection, schema, relation, record_ids)
     columns = _key_columns(relation)
-    names = [sql.Identifier(f"key {index}") for index in range(len(columns))]
+    names = key_names(relation)
     statement = sql.SQL(
         """insert into {events} (table_name, record_id, event_type, changed_at)
 select {table}, {record_id}, case when t.{first_column} is null then 'delete' else 'update' end, {long_ago}
@@ -96,12 +96,7 @@ order by {order}"""
             },
         ),
         first_column=sql.Identifier(columns[0].name),
-        keys=sql.SQL(", ").join(
-            sql.SQL("{} as {}").format(value, name)
-            for value, name in zip(
-                key_values(relation, sql.SQL("given.record_id")), names, strict=True
-            )
-        ),
+        keys=named(key_values(relation, sql.SQL("given.record_id")), names),
         ids=list(record_ids),
         relation=sql.Identifier(relation.schema, relation.name),
         same_key=sql.SQL(" and ").join(

@@ -18,7 +18,7 @@ from psycopg.rows import class_row
 
 from sync_pipeline import queries
 from sync_pipeline.applier import FOREIGN_KEY_VIOLATION, VIOLATIONS, Applier, Refusal
-from sync_pipeline.capture import record_id
+from sync_pipeline.capture import named, record_id
 from sync_pipeline.database import error_class, query, scalar
 from sync_pipeline.statements import TableStatements
 
@@ -309,8 +309,8 @@ def _blocked(statements: TableStatements, index: UniqueIndex) -> sql.Composed:
         n=sql.Identifier(f"{_OURS} n"),
         keys=sql.SQL(", ").join(keys),
         held_keys=sql.SQL(", ").join(sql.SQL("held.{}").format(key) for key in keys),
-        staged_keys=_named([statements.staged(field) for field in relation.key], keys),
-        own_keys=_named([sql.SQL("t.{}").format(statements.column(f)) for f in relation.key], keys),
+        staged_keys=named(map(statements.staged, relation.key), keys),
+        own_keys=named([sql.SQL("t.{}").format(statements.column(f)) for f in relation.key], keys),
         expressions=expressions,
         columns=sql.SQL(", ").join(
             sql.SQL("{} as {}").format(
@@ -388,12 +388,6 @@ def _free_values(type_name: str, formatted_type: str) -> Iterator[str]:
 
 def _keys(statements: TableStatements) -> list[sql.Identifier]:
     return [sql.Identifier(f"{_OURS} key {index}") for index in range(len(statements.relation.key))]
-
-
-def _named(values: Sequence[sql.Composable], names: Sequence[sql.Identifier]) -> sql.Composed:
-    return sql.SQL(", ").join(
-        sql.SQL("{} as {}").format(value, name) for value, name in zip(values, names, strict=True)
-    )
 
 
 def _same(statements: TableStatements, staged: str = "s") -> sql.Composed:

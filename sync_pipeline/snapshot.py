@@ -17,7 +17,7 @@ from psycopg.rows import class_row
 from psycopg.waiting import Wait
 
 from sync_pipeline import clocks, queries
-from sync_pipeline.capture import has_one_text, key_values
+from sync_pipeline.capture import has_one_text, key_names, key_values, named
 from sync_pipeline.database import (
     Connection,
     Statement,
@@ -376,14 +376,10 @@ class Snapshot:
 
     def _changes_by_value(self, parts: Sequence[Part], record_ids: list[str]) -> sql.Composed:
         relation = self._relations[parts[0].table]
-        keys = [sql.Identifier(f"key {index}") for index in range(len(relation.key))]
+        keys = key_names(relation)
 
-        def named(text: str) -> sql.Composed:
-            values = key_values(relation, sql.SQL(text))
-            return sql.SQL(", ").join(
-                sql.SQL("{} as {}").format(value, key)
-                for value, key in zip(values, keys, strict=True)
-            )
+        def read(text: str) -> sql.Composed:
+            return named(key_values(relation, sql.SQL(text)), keys)
 
         return sql.SQL(
             """
@@ -405,13 +401,13 @@ join (
 ) as changes on {same_key}
 group by given.record_id"""
         ).format(
-            given=named("record_id"),
+            given=read("record_id"),
             record_ids=record_ids,
-            changed=named("event.record_id"),
+            changed=read("event.record_id"),
             events=sql.Identifier(self._schema, "sync_events"),
             first_id=parts[0].first_id,
             last_id=parts[0].last_id,
-            failed=named("failure.record_id"),
+            failed=read("failure.record_id"),
             failures=sql.Identifier(self._schema, "sync_failures"),
             table=parts[0].table,
             retried=[record_id for part in parts for record_id in part.retried],
@@ -464,8 +460,7 @@ def _rows(
     Keys of one column are looked up together, which costs less than a descent of the index for each.
     """
     key_columns = [relation.columns[name] for name in relation.key]
-    keys = [sql.Identifier(f"key {index}") for index in range(len(key_columns))]
-    casts = key_values(relation, sql.SQL("record_id"))
+    keys = key_names(relation)
     changed = sql.SQL("unnest(%(record_ids)s::text[]) as record_id").format()
     if of_events:
         changed = sql.SQL(
@@ -496,9 +491,7 @@ def _rows(
 ) {to_stdout}"""
         ).format(
             to_stdout=sql.SQL(to_stdout),
-            casts=sql.SQL(", ").join(
-                sql.SQL("{} as {}").format(cast, key) for cast, key in zip(casts, keys, strict=True)
-            ),
+            casts=named(key_values(relation, sql.SQL("record_id")), keys),
             changed=changed,
             keys=sql.SQL(", ").join(sql.SQL("changed.{}").format(key) for key in keys),
             # Asked once, and only when a row is not there.

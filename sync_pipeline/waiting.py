@@ -16,7 +16,7 @@ from psycopg.rows import class_row
 
 from sync_pipeline import queries
 from sync_pipeline.applier import Applier
-from sync_pipeline.capture import has_one_text, is_key, key_values
+from sync_pipeline.capture import has_one_text, is_key, key_names, key_values, named
 from sync_pipeline.database import Connection, query, scalar
 from sync_pipeline.statements import TableStatements
 
@@ -239,10 +239,7 @@ group by n, record_id
 order by n"""
     ).format(
         record_id=statements.record_id,
-        keys=sql.SQL(", ").join(
-            sql.SQL("{} as {}").format(statements.staged(field_), key)
-            for field_, key in zip(relation.key, _keys(statements), strict=True)
-        ),
+        keys=named(map(statements.staged, relation.key), key_names(relation)),
         stage=statements.stage,
         found=sql.SQL(" union all ").join(found),
         table=relation.table,
@@ -251,7 +248,7 @@ order by n"""
 
 def _matched(statements: TableStatements, schema: str, waiting: sql.Composed) -> sql.Composed:
     """Compose the join of the staged records with what waits, by the values of keys that have several texts."""
-    keys = _keys(statements)
+    keys = key_names(statements.relation)
     # Whatever is no key is nobody's.
     text = sql.SQL("waiting.record_id")
     values = sql.SQL("").join(
@@ -271,7 +268,3 @@ def _matched(statements: TableStatements, schema: str, waiting: sql.Composed) ->
             sql.SQL("waiting.{0} = staged.{0}").format(key) for key in keys
         ),
     )
-
-
-def _keys(statements: TableStatements) -> list[sql.Identifier]:
-    return [sql.Identifier(f"key {index}") for index in range(len(statements.relation.key))]
