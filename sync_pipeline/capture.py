@@ -14,15 +14,14 @@ from dataclasses import dataclass
 
 from psycopg import sql
 
-from sync_pipeline.records import PLAIN_TYPES, SAME_WHEN_EQUAL, Relation
+from sync_pipeline.records import PLAIN_TYPES, SAME_WHEN_EQUAL, TEXT_SETTINGS, Relation
 
 APPLYING = "sync_pipeline.applying"
 
 _ONE_TEXT = SAME_WHEN_EQUAL | {"numeric", "bpchar", "real", "double precision"}
 _COMPARABLE_TYPES = PLAIN_TYPES | SAME_WHEN_EQUAL | {"real", "double precision"}
-_TEXT_SETTINGS = sql.SQL(
-    "\nset datestyle = 'ISO, YMD'\nset timezone = 'UTC'\nset intervalstyle = 'postgres'"
-    "\nset bytea_output = 'hex'\nset extra_float_digits = 1\nset lc_monetary = 'C'"
+_TEXT_SETTINGS = sql.SQL("").join(
+    sql.SQL("\nset {} = {}").format(sql.SQL(name), value) for name, value in TEXT_SETTINGS.items()
 )
 
 _FUNCTION = sql.SQL(

@@ -13,6 +13,7 @@ from psycopg.rows import Row
 
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.errors import ConnectionFailed, without_passwords
+from sync_pipeline.records import TEXT_SETTINGS
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 Statement = LiteralString | bytes | sql.Composed | sql.SQL
@@ -22,17 +23,10 @@ IDLE_IN_TRANSACTION_SECONDS = 600
 # A reader keeps its snapshot while a batch is applied to the other node, however long that takes.
 READER_IDLE_IN_TRANSACTION_SECONDS = 3600
 
-# What the text of a value depends on is the same on both nodes, whatever their databases or roles say.
 # A client that vanishes is noticed by the server, so that its lock becomes free: within a second when its process was
 # killed in the middle of a statement, within a minute when its machine is gone.
-_SESSION = {
+_SESSION = TEXT_SETTINGS | {
     "client_encoding": "UTF8",
-    "datestyle": "ISO, YMD",
-    "timezone": "UTC",
-    "intervalstyle": "postgres",
-    "bytea_output": "hex",
-    "extra_float_digits": "1",
-    "lc_monetary": "C",
     "xmloption": "content",
     "standard_conforming_strings": "on",
     "array_nulls": "on",

@@ -30,6 +30,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+# What the text of a value depends on: the same where it is marked and where it is sent, whatever a database says.
+TEXT_SETTINGS = {
+    "datestyle": "ISO, YMD", "timezone": "UTC", "intervalstyle": "postgres", "bytea_output": "hex",
+    "extra_float_digits": "1", "lc_monetary": "C",
+}  # fmt: skip
 # The text of these types depends on no setting of the session.
 PLAIN_TYPES = {
     "smallint", "integer", "bigint", "uuid", "text", "character varying", "bpchar", '"char"', "name",
