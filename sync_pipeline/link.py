@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import psycopg
 
-from sync_pipeline import catalog, conflicts, identity, install, locks, outbox
+from sync_pipeline import catalog, conflicts, identity, install, locks, outbox, queries
 from sync_pipeline.applier import Applier
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, connect, query, scalar
@@ -21,7 +21,6 @@ from sync_pipeline.errors import (
     PassInterrupted,
     TableMissing,
 )
-from sync_pipeline.queries import get as named
 from sync_pipeline.records import Moment
 
 CANCEL_TIMEOUT_SECONDS = 0.5
@@ -144,7 +143,7 @@ class Link:
         """Retry what was set aside because its table was not synced, where it is now."""
         for name, side in self.sides.items():
             side.writer.execute(
-                query(named("revive_failures", self.config.schema_name)),
+                query(queries.get("revive_failures", self.config.schema_name)),
                 {"tables": [t for t in self.catalog.tables if self.config.table(t).sends(name)]},
             )
 
@@ -163,7 +162,7 @@ class Link:
 
     def is_paused(self) -> bool:
         """True when an operator paused consumption on either node."""
-        statement = query(named("is_paused", self.config.schema_name))
+        statement = query(queries.get("is_paused", self.config.schema_name))
         return any(scalar(side.writer, statement) for side in self.sides.values())
 
 

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import psycopg
 from psycopg.rows import class_row
 
-from sync_pipeline import install, locks
+from sync_pipeline import install, locks, queries
 from sync_pipeline.config import Config, NodeConfig
 from sync_pipeline.database import Connection, connected, in_words, query
 from sync_pipeline.errors import ConnectionFailed, NotInstalled
-from sync_pipeline.queries import get
 from sync_pipeline.views import TableStatus
 
 
@@ -34,7 +33,9 @@ def look(config: Config) -> Glance:
     for node in config.nodes:
         try:
             with _asking(node, config) as connection:
-                row = connection.execute(query(get("read_glance", config.schema_name))).fetchone()
+                row = connection.execute(
+                    query(queries.get("read_glance", config.schema_name))
+                ).fetchone()
                 if row is not None and row[1] is not None:
                     obstacle = (
                         f"paused on {node.name} since {row[1]:%Y-%m-%d %H:%M:%S %Z};"
@@ -72,7 +73,7 @@ def node_statuses(config: Config, node: NodeConfig) -> dict[str, TableStatus]:
         _asking(node, config) as connection,
         connection.cursor(row_factory=class_row(TableStatus)) as cursor,
     ):
-        rows = cursor.execute(query(get("read_table_status", config.schema_name)))
+        rows = cursor.execute(query(queries.get("read_table_status", config.schema_name)))
         found = {row.table_name: row for row in rows}
     return {table.name: TableStatus(table.name) for table in config.tables} | found
 
