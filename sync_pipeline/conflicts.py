@@ -149,21 +149,30 @@ def settle(
 
 
 def log(applier: Applier, schema: str, table: str, decisions: list[Decision]) -> None:
-    """Write decisions about one table's staged records to `sync_conflicts`, with both rows."""
+    """Write decisions about one table's staged records to `sync_conflicts`, with both rows.
+
+    A held record that changes again is the same conflict: its entry gets the rows that it has now.
+    """
     statements = applier.statements(table)
     applier.connection.execute(
         sql.SQL(
-            "insert into {conflicts} (table_name, record_id, kind, winner, local_row, remote_row, resolved_at) "
-            "select {table}, {record_id}, decided.kind, decided.winner, "
-            "case when {found} then {local_row} end, case when s.present then {remote_row} end, "
-            "case when decided.winner is not null then pg_catalog.clock_timestamp() end "
+            "with decided as ("
+            "select s.n, {record_id} as record_id, given.kind, given.winner, "
+            "case when {found} then {local_row} end as local_row, "
+            "case when s.present then {remote_row} end as remote_row "
             "from unnest(%(numbers)s::bigint[], %(kinds)s::text[], %(winners)s::text[]) "
-            "as decided (n, kind, winner) "
-            "join {stage} as s on s.n = decided.n left join {target} as t on {same_key} "
-            # A held record that changes again is the same conflict.
-            "where {among} and (decided.winner is not null or not exists (select from {conflicts} as open "
-            "where open.table_name = {table} and open.record_id = {record_id} and open.resolved_at is null)) "
-            "order by s.n"
+            "as given (n, kind, winner) "
+            "join {stage} as s on s.n = given.n left join {target} as t on {same_key} "
+            "where {among}), "
+            "again as ("
+            "update {conflicts} as open set kind = decided.kind, "
+            "local_row = decided.local_row, remote_row = decided.remote_row from decided "
+            "where decided.winner is null and open.table_name = {table} "
+            "and open.record_id = decided.record_id and open.resolved_at is null returning open.record_id) "
+            "insert into {conflicts} (table_name, record_id, kind, winner, local_row, remote_row, resolved_at) "
+            "select {table}, record_id, kind, winner, local_row, remote_row, "
+            "case when winner is not null then pg_catalog.clock_timestamp() end "
+            "from decided where record_id not in (select record_id from again) order by n"
         ).format(
             among=AMONG,
             conflicts=sql.Identifier(schema, "sync_conflicts"),

@@ -64,6 +64,17 @@ def test_a_held_record_that_changes_again_stays_one_conflict(pair: Pair, held: C
     assert len(open_conflicts(pair)) <= 2
 
 
+def test_the_log_has_the_last_rows_of_a_held_record(pair: Pair, held: Config) -> None:
+    pair.crm.execute("update accounts set name = 'crm again' where id = 1")
+    sync_pair(pair)
+    [(number, _)] = open_conflicts(pair)
+    for winner in ("billing", "crm"):
+        resolve(held, int(str(number)), winner)
+        sync_pair(pair)
+    assert equal(pair)
+    assert names(pair.crm)[0] == ("crm again",)
+
+
 @pytest.mark.parametrize(
     ("by", "name"), [(("crm", "billing"), "same"), (("crm",), "billing"), (("billing",), "crm")]
 )
