@@ -891,10 +891,11 @@ where id = %(id)s
     or (table_name = %(table_name)s and record_id = %(record_id)s and resolved_at is null)
 
 -- name: release_record
--- Forget what waits for a record here: its events and its failure.
-with events as (
+-- Forget the failure of a record that was held here, and marks of commands. A change that came since stays: no pass has
+-- seen it, and no operator.
+with marks as (
     delete from {schema}.sync_events
-    where table_name = %(table_name)s and record_id = %(record_id)s
+    where table_name = %(table_name)s and record_id = %(record_id)s and changed_at is not null
 )
 delete from {schema}.sync_failures
 where table_name = %(table_name)s and record_id = %(record_id)s

@@ -38,10 +38,11 @@ def resolve(
 ) -> Resolution:
     """Let `winner`'s row win a conflict. Each node numbers its own: `node` says whose number is meant.
 
-    A held conflict: the other node forgets its change, the winner's is sent. A decided one whose winner was another:
-    the losing row is written back from the log on the node that has the log, as a change that then syncs; whatever
-    became of the record since is overwritten. Raises `SyncPipelineError` for an unknown number or node, for a number
-    that both nodes have when `node` is not given, and where a constraint forbids the change; then nothing is changed.
+    A held conflict: the other node forgets its change, the winner's is sent; what the other node has changed since the
+    last pass is a conflict of its own. A decided one whose winner was another: the losing row is written back from the
+    log on the node that has the log, as a change that then syncs; whatever became of the record since is overwritten.
+    Raises `SyncPipelineError` for an unknown number or node, for a number that both nodes have when `node` is not
+    given, and where a constraint forbids the change; then nothing is changed.
     """
     names = [node.name for node in config.nodes]
     if winner not in names:

@@ -134,6 +134,22 @@ def test_an_operator_settles_a_held_record(pair: Pair, held: Config, winner: str
     assert equal(pair)
 
 
+def test_a_change_that_no_pass_has_seen_is_not_decided_by_an_operator(
+    pair: Pair, held: Config
+) -> None:
+    [(number, _)] = open_conflicts(pair)
+    pair.billing.execute("update accounts set name = 'unseen' where id = 1")
+    resolve(held, int(str(number)), "crm")
+    sync_pair(pair)
+    assert names(pair.billing)[0] == ("unseen",)
+    [(number, _)] = open_conflicts(pair)
+    resolve(held, int(str(number)), "crm")
+    sync_pair(pair)
+    assert equal(pair)
+    assert names(pair.billing)[0] == ("crm",)
+    assert ("unseen",) in pair.billing.rows("select local_row ->> 'name' from sync.sync_conflicts")
+
+
 @pytest.fixture
 def decided(pair: Pair) -> Config:
     """A pair whose user 1 was changed on both nodes and decided for billing, the later."""
