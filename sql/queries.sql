@@ -261,6 +261,14 @@ select
         where constrained.conindid = index.indexrelid and constrained.contype in ('x', 'u', 'p')
     ) as operators,
     made_of.columns,
+    (
+        select array_agg(attribute.attname::text)
+        from unnest(index.indkey::smallint[]) with ordinality as part (attnum, position)
+        left join pg_catalog.pg_attribute as attribute
+            on attribute.attrelid = index.indrelid and attribute.attnum = part.attnum
+        where part.position <= index.indnkeyatts
+        having bool_and(part.attnum <> 0)
+    ) as plain,
     coalesce(made_of.generated, '{}') as generated,
     array(
         select attribute.attname::text

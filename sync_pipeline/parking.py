@@ -39,7 +39,8 @@ class UniqueIndex:
     `referring` are part of one.
 
     `columns` are what it is made of; for a generated column, which is in `generated` with its expression, those that
-    it is computed from. One that is not checked at once (`immediate`) needs no parking.
+    it is computed from. `plain` are the columns of its key, null where that has expressions. One that is not checked at
+    once (`immediate`) needs no parking.
     """
 
     immediate: bool
@@ -48,6 +49,7 @@ class UniqueIndex:
     nulls_not_distinct: bool
     operators: list[str] | None
     columns: list[str]
+    plain: list[str] | None
     generated: dict[str, str]
     referenced: list[str]
     followed: list[str]
@@ -78,29 +80,34 @@ def park(applier: Applier) -> dict[str, set[int]]:
 
 
 def rename(applier: Applier) -> bool:
-    """Give rows that are to be deleted the new key of the record that takes their unique value; true if any got one.
+    """Give rows that are to be deleted the new key of the record that takes their place; true if any got one.
 
     A record whose key changed is a delete and an insert. Where rows refer to the old one by a value that the new one
-    keeps, neither can come first: so it is moved, and they follow or need not. Under any other value that it takes, the
-    new record is another one.
+    keeps, neither can come first: so it is moved, and they follow or need not.
     """
     found = False
+    for table, index in _referred_indexes(applier):
+        try:
+            with applier.connection.transaction():
+                renamed = applier.connection.execute(_renamed(applier.statements(table), index))
+        except psycopg.Error as error:
+            if error_class(error) != "data":
+                raise
+        else:
+            found = found or renamed.rowcount > 0
+    return found
+
+
+def _referred_indexes(applier: Applier) -> Iterator[tuple[str, UniqueIndex]]:
+    """Yield the unique indexes of values that rows refer to. Who takes any other value is another record."""
     relations = [applier.catalog.relation(applier.node, each) for each in applier.catalog.tables]
     for table in applier.staged:
         keys = [key for each in relations for key in each.foreign_keys if key.parent == table]
         referred = {column for key in keys for column in key.parent_columns}
         for index in _indexes(applier, table):
-            if referred.union(index.referenced, index.followed).isdisjoint(index.columns):
-                continue
-            try:
-                with applier.connection.transaction():
-                    renamed = applier.connection.execute(_renamed(applier.statements(table), index))
-            except psycopg.Error as error:
-                if error_class(error) != "data":
-                    raise
-            else:
-                found = found or renamed.rowcount > 0
-    return found
+            outer = referred.union(index.referenced, index.followed)
+            if index.plain and index.operators is None and outer.issuperset(index.plain):
+                yield table, index
 
 
 def holders(applier: Applier, table: str) -> list[Holder]:

@@ -274,23 +274,26 @@ def test_a_changed_part_of_a_key_takes_children_along_though_the_other_part_is_u
     assert texts(pair.billing, "notes") == ["(1,2,1)"]
 
 
+@pytest.mark.parametrize("unique", ["badge", "tenant, badge"])
 def test_a_child_of_a_deleted_parent_is_not_given_to_the_record_that_takes_a_value_of_it(
-    pair: Pair,
+    pair: Pair, unique: str
 ) -> None:
     link(
         pair,
-        """create table people (id int primary key, badge text not null unique);
-        create table visits (id int primary key, person int references people on update cascade)""",
+        f"""create table people
+            (tenant int, id int, badge text not null, primary key (tenant, id), unique ({unique}));
+        create table visits (id int primary key, tenant int, person int,
+            foreign key (tenant, person) references people on update cascade)""",
         "people",
         "visits",
     )
-    pair.crm.execute("insert into people values (1, 'b7')")
+    pair.crm.execute("insert into people values (1, 1, 'b7')")
     converge(pair, "people")
-    pair.crm.execute("delete from people; insert into people values (2, 'b7')")
-    pair.billing.execute("insert into visits values (1, 1)")
+    pair.crm.execute("delete from people; insert into people values (1, 2, 'b7')")
+    pair.billing.execute("insert into visits values (1, 1, 1)")
     sync_pair(pair)
-    assert texts(pair.billing, "visits") == ["(1,1)"]
-    assert [(key, error) for _, key, error, _ in failures(pair.crm)] == [("2", "23505")]
+    assert texts(pair.billing, "visits") == ["(1,1,1)"]
+    assert [(key, error) for _, key, error, _ in failures(pair.crm)] == [('["1", "2"]', "23505")]
 
 
 def test_a_key_reused_after_a_delete_is_the_new_row(pair: Pair) -> None:
