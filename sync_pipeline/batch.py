@@ -61,6 +61,7 @@ class Batch:
         self._exchanging = False
         # Whether rows to be deleted become the records that take their values, where nothing else makes room.
         self._renaming = False
+        self._heirs: parking.Heirs = {}
         self._gathered = False
         self._done: list[Step] = []
         self._error: psycopg.Error | None = None
@@ -197,8 +198,7 @@ class Batch:
                     self._error = error
                 except ChildrenLeftError:
                     self._rollback()
-                    self._gathered = True
-                    self._companions.bring_children()
+                    self._gather()
                     self._savepoint()
                     continue
                 else:
@@ -217,41 +217,46 @@ class Batch:
                 continue
             if sqlstate in VIOLATIONS and not self._renaming and self._can_rename():
                 self._renaming = True
-                if not self._gathered:
-                    self._gathered = True
-                    self._companions.bring_children()
+                self._gather()
                 self._savepoint()
                 continue
             if sqlstate == FOREIGN_KEY_VIOLATION and self._companions.bring_parents():
                 self._savepoint()
                 continue
-            if not self._gathered:
-                self._gathered = True
-                self._companions.bring_children()
+            self._gather()
             self._savepoint()
             self.counts = {}
             self.applier.expect_new = False
-            if self._renaming:
-                parking.rename(self.applier)
+            self._heirs = parking.heirs(self.applier)
             refused = isolation.isolate(
                 self.applier, self._schema, self._steps(), self.counts, self._guard_parents
             )
             return self._exchange(refused)
         raise PassInterrupted("parents keep disappearing", node=self.target)
 
+    def _gather(self) -> None:
+        """Bring along, once, what keeps rows from being deleted and has changed on the source as well."""
+        if not self._gathered:
+            self._gathered = True
+            self._companions.bring_children()
+            self._companions.bring_heirs()
+
     def _can_rename(self) -> bool:
         with self._connection.transaction(force_rollback=True):
             return parking.rename(self.applier)
 
     def _exchange(self, refused: list[Refusal]) -> list[Refusal]:
-        """Let those of the refused records exchange unique values that can; return the others."""
-        hopeful, hopeless = parking.divide(self.applier, refused)
+        """Let those of the refused records that can exchange unique values or places; return the others."""
+        hopeful, hopeless = parking.divide(self.applier, refused, self._heirs)
         if not hopeful:
             return hopeless
         counts = deepcopy(self.counts)
         try:
             with self._connection.transaction():
+                self.applier.defer_constraints()
                 parking.sit_out(self.applier, hopeless)
+                parking.go_again(self.applier, hopeful, self._heirs)
+                parking.rename(self.applier)
                 self._parked = parking.park(self.applier)
                 self._run(self._steps())
                 self.applier.check_constraints()
@@ -301,7 +306,9 @@ class Batch:
         self.applier.survey()
 
     def _guard_parents(self, step: Step, refused: Sequence[Refusal]) -> list[Refusal]:
-        return self._parents.guard(step, refused, self._parked, gathered=self._gathered)
+        return self._parents.guard(
+            step, refused, self._heirs, self._parked, gathered=self._gathered
+        )
 
     # --- conflicts ---
 

@@ -63,6 +63,21 @@ class Companions:
         """Stage clean children of records to be deleted that have changed on the source as well; true if any came."""
         return _bring(self._bring_level_of_children)
 
+    def bring_heirs(self) -> None:
+        """Stage records that take the place of rows to be deleted: they have a value of theirs that rows refer to."""
+        for table, index in list(parking.referred_indexes(self.applier)):
+            statements = self.applier.statements(table)
+            fields = {column.name: field for field, column in statements.relation.columns.items()}
+            columns = index.plain or []
+            if not fields.keys() >= set(columns):
+                continue
+            values = self.applier.connection.execute(statements.values_of_gone(columns)).fetchall()
+            first = self._next_number
+            wanted = [fields[column] for column in columns]
+            if values and self._stage(self.snapshot.rows_of(table, wanted, values, first)):
+                self.further_numbers.update(range(first, self._next_number))
+                self.applier.connection.execute(statements.unstage_repeated, {"first": first})
+
     def _bring_level_of_parents(self, reach: int) -> bool:
         applier = self.applier
         for table in list(applier.staged):

@@ -48,15 +48,17 @@ class Parents:
         self,
         step: Step,
         refused: Sequence[Refusal],
+        heirs: parking.Heirs,
         parked: Mapping[str, set[int]],
         *,
         gathered: bool,
     ) -> list[Refusal]:
         """Before a parent is deleted: rows that still refer to it are the target's own work, so it stays.
 
-        But where such a row is one that was refused, its parent is refused as well and returned; so is one that the
-        target could not send back. Raises `ChildrenLeftError` where a row is found and what the source has
-        deleted later is not `gathered` yet, and a unique violation where one of the `parked` rows has to stay.
+        But where such a row is one that was refused, its parent is refused as well and returned; so is one whose place
+        a refused record was to take, and one that the target could not send back. Raises `ChildrenLeftError` where a
+        row is found and what the source has deleted later is not `gathered` yet, and a unique violation where one of
+        the `parked` rows has to stay.
         """
         if step.phase != "delete":
             return []
@@ -67,7 +69,8 @@ class Parents:
         guarded = [table for table in step.tables if table in applier.catalog.referenced]
         for table in guarded:
             self._connection.execute(applier.statements(table).lock_gone)
-        parents = self._refuse_parents_of(refused, guarded)
+        parents = self._refuse_replaced(refused, heirs, guarded)
+        parents += self._refuse_parents_of([*refused, *parents], guarded)
         # A parent that stays refers to parents itself: those may be among the records of this very step.
         while any(
             self._keep_referenced(step, table, parents, parked, gathered=gathered)
@@ -75,6 +78,24 @@ class Parents:
         ):
             pass
         return parents
+
+    def _refuse_replaced(
+        self, refused: Sequence[Refusal], heirs: parking.Heirs, tables: list[str]
+    ) -> list[Refusal]:
+        """Refuse to delete the rows whose place refused records were to take."""
+        waiting = {(refusal.table, refusal.number) for refusal in refused}
+        replaced = [
+            Refusal(
+                table,
+                number,
+                FOREIGN_KEY_VIOLATION,
+                "what takes its place was refused, and rows refer to it",
+            )
+            for (table, number), successors in heirs.items()
+            if table in tables and not waiting.isdisjoint((table, n) for n in successors)
+        ]
+        parking.sit_out(self.applier, replaced)
+        return replaced
 
     def _refuse_parents_of(self, refused: Sequence[Refusal], tables: list[str]) -> list[Refusal]:
         """Refuse to delete what records refer to whose own change was refused, and so on."""

@@ -8,7 +8,7 @@ Where that does not help, a row that is to be deleted becomes the record that ta
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,6 +65,10 @@ class Holder:
     held_by: int | None
 
 
+# By table and number of a row that is to be deleted, the numbers of the records that take its place.
+Heirs = Mapping[tuple[str, int], set[int]]
+
+
 def park(applier: Applier) -> dict[str, set[int]]:
     """Move the batch's own rows out of each other's way; return their numbers by table.
 
@@ -86,7 +90,7 @@ def rename(applier: Applier) -> bool:
     keeps, neither can come first: so it is moved, and they follow or need not.
     """
     found = False
-    for table, index in _referred_indexes(applier):
+    for table, index in referred_indexes(applier):
         try:
             with applier.connection.transaction():
                 renamed = applier.connection.execute(_renamed(applier.statements(table), index))
@@ -98,15 +102,34 @@ def rename(applier: Applier) -> bool:
     return found
 
 
-def _referred_indexes(applier: Applier) -> Iterator[tuple[str, UniqueIndex]]:
-    """Yield the unique indexes of values that rows refer to. Who takes any other value is another record."""
+def heirs(applier: Applier) -> Heirs:
+    """Return, by table and number, the staged records that take the place of each row that is to be deleted."""
+    found: dict[tuple[str, int], set[int]] = {}
+    for table, index in referred_indexes(applier):
+        statements = applier.statements(table)
+        statement = sql.SQL("select gone.n, s.n from {}").format(_succeeded(statements, index))
+        for gone, number in _asked(applier, statement):
+            found.setdefault((table, gone), set()).add(number)
+    return found
+
+
+def referred_indexes(applier: Applier) -> Iterator[tuple[str, UniqueIndex]]:
+    """Yield the unique indexes, but for keys, of values that rows refer to.
+
+    Who takes any other value is another record.
+    """
     relations = [applier.catalog.relation(applier.node, each) for each in applier.catalog.tables]
     for table in applier.staged:
+        own = applier.catalog.relation(applier.node, table)
         keys = [key for each in relations for key in each.foreign_keys if key.parent == table]
         referred = {column for key in keys for column in key.parent_columns}
         for index in _indexes(applier, table):
-            outer = referred.union(index.referenced, index.followed)
-            if index.plain and index.operators is None and outer.issuperset(index.plain):
+            if (
+                index.plain
+                and index.operators is None
+                and referred.union(index.referenced, index.followed).issuperset(index.plain)
+                and {own.columns[field].name for field in own.key} != set(index.plain)
+            ):
                 yield table, index
 
 
@@ -167,11 +190,23 @@ def sit_out(applier: Applier, refused: Sequence[Refusal]) -> None:
         )
 
 
-def divide(applier: Applier, refused: Sequence[Refusal]) -> tuple[list[Refusal], list[Refusal]]:
+def go_again(applier: Applier, refused: Sequence[Refusal], successors: Heirs) -> None:
+    """Take rows in again that were to be deleted and waited for who takes their place."""
+    for table in dict.fromkeys(refusal.table for refusal in refused):
+        numbers = [
+            r.number for r in refused if r.table == table and (table, r.number) in successors
+        ]
+        applier.connection.execute(applier.statements(table).go_again, {"numbers": numbers})
+
+
+def divide(
+    applier: Applier, refused: Sequence[Refusal], successors: Heirs
+) -> tuple[list[Refusal], list[Refusal]]:
     """Divide refused records into those that may pass together and those that cannot; name who holds a value.
 
-    Together pass records that exchange values, or that refer to each other. Hopeless is what was refused for another
-    reason, wants what a row outside of the batch has or is, or waits for a hopeless record.
+    Together pass records that exchange values, that refer to each other, or that take each other's place. Hopeless
+    is what was refused for another reason, wants what a row outside of the batch has or is, or waits for a hopeless
+    record.
     """
     held: dict[tuple[str, int], list[Holder]] = {}
     waiting: dict[tuple[str, int], list[tuple[str, int | None]]] = {}
@@ -188,7 +223,9 @@ def divide(applier: Applier, refused: Sequence[Refusal]) -> tuple[list[Refusal],
     for refusal in refused:
         record = refusal.table, refusal.number
         if refusal.error_class == FOREIGN_KEY_VIOLATION:
-            found, is_hopeless = orphaned.get(record, []), record not in orphaned
+            found = orphaned.get(record, [])
+            found += [(refusal.table, number) for number in successors.get(record, ())]
+            is_hopeless = not found
         else:
             found, is_hopeless = waiting.get(record, []), refusal.error_class not in VIOLATIONS
         if is_hopeless or any(number is None for _, number in found):
@@ -270,22 +307,29 @@ def _park(applier: Applier, statements: TableStatements, index: UniqueIndex) -> 
 
 
 def _renamed(statements: TableStatements, index: UniqueIndex) -> sql.Composed:
-    key = statements.relation.key
     return sql.SQL(
-        "update {target} as t set {assignments} from {blocked} join {stage} as s on s.n = blocked.n "
-        "join {stage} as gone on not gone.present and {held} "
+        "update {target} as t set {assignments} from {succeeded} "
         "where {same_key} and not exists (select from {target} as t where {taken})"
     ).format(
         target=statements.target,
         assignments=sql.SQL(", ").join(
             sql.SQL("{} = {}").format(statements.column(field), statements.staged(field))
-            for field in key
+            for field in statements.relation.key
         ),
+        succeeded=_succeeded(statements, index),
+        same_key=statements.same_key("gone"),
+        taken=statements.same_key(),
+    )
+
+
+def _succeeded(statements: TableStatements, index: UniqueIndex) -> sql.Composed:
+    """Compose the join of `gone`, staged as gone and not yet deleted, with the record `s` that takes its place."""
+    return sql.SQL(
+        "{blocked} join {stage} as s on s.n = blocked.n join {stage} as gone on not gone.present and {held}"
+    ).format(
         blocked=_blocked(statements, index),
         stage=statements.stage,
         held=_same(statements, "gone"),
-        same_key=statements.same_key("gone"),
-        taken=statements.same_key(),
     )
 
 

@@ -4,6 +4,7 @@ A staging table is temporary, so that nothing of it is logged, and has `n` (the 
 `present` (false: the record is gone on the source) and one column per field, `c0`, `c1` …, key first.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, LiteralString
 
@@ -419,6 +420,21 @@ class TableStatements:
             among=AMONG,
         )
 
+    def values_of_gone(self, columns: Sequence[str]) -> sql.Composed:
+        """Return some columns, as text, of the rows about to be deleted that have a value in each."""
+        values = [sql.SQL("t.{}").format(sql.Identifier(column)) for column in columns]
+        return sql.SQL(
+            "select {texts} from {stage} as s join {target} as t on {same_key} where not s.present and {given}"
+        ).format(
+            texts=sql.SQL(", ").join(sql.SQL("{}::text").format(value) for value in values),
+            stage=self.stage,
+            target=self.target,
+            same_key=self.same_key(),
+            given=sql.SQL(" and ").join(
+                sql.SQL("{} is not null").format(value) for value in values
+            ),
+        )
+
     def missing_parents(
         self, parent: "TableStatements", key: ForeignKey, *, parent_is_staged: bool
     ) -> sql.Composed:
@@ -512,6 +528,13 @@ class TableStatements:
         return sql.SQL("update {} set present = true where n = any (%(numbers)s::bigint[])").format(
             self.stage
         )
+
+    @property
+    def go_again(self) -> sql.Composed:
+        """Take in again records that are gone on the source."""
+        return sql.SQL(
+            "update {} set present = false where n = any (%(numbers)s::bigint[])"
+        ).format(self.stage)
 
     @property
     def ids_of(self) -> sql.Composed:

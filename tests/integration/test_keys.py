@@ -274,6 +274,89 @@ def test_a_changed_part_of_a_key_takes_children_along_though_the_other_part_is_u
     assert texts(pair.billing, "notes") == ["(1,2,1)"]
 
 
+def test_a_changed_key_takes_nobody_along_when_another_record_of_its_batch_is_refused(
+    pair: Pair,
+) -> None:
+    link(
+        pair,
+        """create table items (tenant int, id int unique, primary key (tenant, id));
+        create table notes (id int primary key, tenant int, item int,
+            foreign key (tenant, item) references items deferrable initially deferred);
+        create table others (id int primary key, amount int)""",
+        "items",
+        "notes",
+        "others",
+    )
+    pair.crm.execute("insert into items values (1, 1), (1, 2); insert into notes values (1, 1, 1)")
+    converge(pair, "items", "notes")
+    pair.billing.execute("alter table others add check (amount > 0)")
+    with pair.crm.connection.transaction():
+        pair.crm.execute("update items set tenant = 2; update notes set tenant = 2")
+        pair.crm.execute("insert into others values (1, 1), (2, -1), (3, 3)")
+    sync_pair(pair)
+    assert [failure[:3] for failure in failures(pair.crm)] == [("others", "2", "23514")]
+    assert texts(pair.billing, "items") == ["(2,1)", "(2,2)"]
+    assert texts(pair.billing, "notes") == ["(1,2,1)"]
+    assert texts(pair.billing, "others") == ["(1,1)", "(3,3)"]
+
+
+@pytest.mark.parametrize("first", ["ann", "ann@old"])
+@pytest.mark.parametrize("action", ["", "deferrable initially deferred"])
+def test_a_record_whose_key_changed_and_that_is_refused_stays_where_it_was_until_it_is_accepted(
+    pair: Pair, action: str, first: str
+) -> None:
+    link(
+        pair,
+        f"""create table people (id int primary key, email text not null unique, age int);
+        create table visits (id int primary key, person int not null references people {action})""",
+        {"name": "people", "key": ["email"]},
+        "visits",
+    )
+    pair.billing.execute("alter table people add constraint aged check (age > 0)")
+    pair.crm.execute(
+        "insert into people values (1, 'ann@old', 5); insert into visits values (1, 1)"
+    )
+    converge(pair, "people", "visits")
+    pair.crm.execute("update people set email = 'ann', age = -1 where id = 1")
+    sync_pair(pair)
+    refused = [("people", "ann", "23514"), ("people", "ann@old", "23503")]
+    assert [failure[:3] for failure in failures(pair.crm)] == refused
+    due = "update sync.sync_failures set next_attempt_at = now() where record_id = %s"
+    for record_id in (first, "ann", "ann@old"):
+        pair.crm.execute(due, record_id)
+        sync_pair(pair)
+        assert [failure[:3] for failure in failures(pair.crm)] == refused
+    assert texts(pair.billing, "people") == ["(1,ann@old,5)"]
+    pair.billing.execute("alter table people drop constraint aged")
+    for record_id in (first, "ann", "ann@old"):
+        pair.crm.execute(due, record_id)
+        sync_pair(pair)
+    converge(pair, "people", "visits")
+    for node in pair.nodes:
+        assert node.rows("select kind from sync.sync_conflicts") == []
+
+
+def test_a_deleted_record_whose_place_another_takes_in_the_next_batch_does_not_come_back(
+    pair: Pair,
+) -> None:
+    link(
+        pair,
+        """create table people (id int primary key, email text not null unique);
+        create table visits (id int primary key,
+            person int not null references people deferrable initially deferred)""",
+        {"name": "people", "key": ["email"]},
+        "visits",
+        batch_size=1,
+    )
+    pair.crm.execute("insert into people values (1, 'ann@old'); insert into visits values (1, 1)")
+    converge(pair, "people", "visits")
+    with pair.crm.connection.transaction():
+        pair.crm.execute("delete from people; insert into people values (1, 'ann')")
+    converge(pair, "people", "visits")
+    assert texts(pair.billing, "people") == ["(1,ann)"]
+    assert pair.billing.rows("select kind from sync.sync_conflicts") == []
+
+
 @pytest.mark.parametrize("unique", ["badge", "tenant, badge"])
 def test_a_child_of_a_deleted_parent_is_not_given_to_the_record_that_takes_a_value_of_it(
     pair: Pair, unique: str
