@@ -2,9 +2,12 @@
 
 import re
 import subprocess
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[2]
 # Put together here, so that this file is not found by itself.
@@ -41,6 +44,20 @@ def test_the_lock_holds_names_and_versions_only_and_one_of_each() -> None:
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[\w.]+", line)] == []
     names = [re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines]
     assert len(names) == len(set(names))
+
+
+def test_what_is_locked_installs_on_the_oldest_python_that_is_promised() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    oldest = project["requires-python"].removeprefix(">=") + ".0"
+    locked = [line.split("==")[0] for line in (ROOT / "requirements.lock").read_text().splitlines()]
+    needs = {
+        f"{name} {installed.version}": installed.metadata["Requires-Python"]
+        for name in locked
+        for installed in metadata.distributions(name=name)
+        if "Requires-Python" in installed.metadata
+    }
+    assert len(needs) > len(locked) / 2
+    assert [which for which, pythons in needs.items() if oldest not in SpecifierSet(pythons)] == []
 
 
 def test_make_help_lists_every_target() -> None:
