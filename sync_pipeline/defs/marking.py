@@ -73,6 +73,11 @@ def backfill_slice(context: dg.OpExecutionContext) -> None:
     """Mark every row whose key falls into the slice."""
     session: Session = context.resources.link
     config = session.config
+    if not context.has_partition_key:
+        raise dg.Failure(
+            description="a backfill needs to know which slices: choose partitions, then launch",
+            allow_retries=False,
+        )
     found = _slices(config).get(context.partition_key)
     if found is None:
         raise dg.Failure(

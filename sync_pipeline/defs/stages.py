@@ -58,6 +58,7 @@ class Stages(dg.IOManager):
 def fetch_dependents(context: dg.OpExecutionContext) -> Stage:
     """Begin a direction."""
     session, source, target = _direction(context)
+    _refuse_a_part(context)
     try:
         if session.lead() is None:
             return _stand_back(context, session)
@@ -157,6 +158,23 @@ def _direction(context: dg.OpExecutionContext) -> tuple[Session, str, str]:
         raise RuntimeError("a stage is part of a direction")
     source, target = session.names.directions[parent.name]
     return session, source, target
+
+
+def _refuse_a_part(context: dg.OpExecutionContext) -> None:
+    """Fail where the run leaves out the end of this direction: it would be green and have done nothing."""
+    snapshot = context.run.execution_plan_snapshot_id
+    if snapshot is None:
+        return
+    planned = context.instance.get_execution_plan_snapshot(snapshot).step_keys_to_execute
+    last = f"{context.op_handle.parent}.process_dependents"
+    if last not in planned:
+        raise dg.Failure(
+            description=(
+                f"this run leaves out {last}, which commits what the steps before it apply. Nothing was done: launch"
+                " all steps of a direction."
+            ),
+            allow_retries=False,
+        )
 
 
 def _pass(context: dg.OpExecutionContext) -> tuple[Session, Pass | None]:

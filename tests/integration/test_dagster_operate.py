@@ -118,6 +118,14 @@ def test_a_slice_of_a_table_that_is_no_longer_synced_fails_in_plain_words(
     assert failure_of(result).startswith("no slice of a synced table is called `gone/01-of-16`")
 
 
+def test_a_backfill_without_slices_says_what_to_choose(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    result = run(link, instance, "backfill_job")
+    assert not result.success
+    assert "choose partitions" in failure_of(result)
+
+
 def test_a_slice_of_a_table_with_a_composite_key_is_marked(
     pair: Pair, instance: dg.DagsterInstance
 ) -> None:

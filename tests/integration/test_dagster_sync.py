@@ -116,6 +116,37 @@ def test_re_execution_from_the_middle_is_refused_in_plain_words(
     assert link.crm.pending() == 3
 
 
+@pytest.mark.parametrize("steps", [["fetch_dependents"], ["fetch_dependents", "process_parents"]])
+def test_a_run_of_the_first_steps_alone_is_refused_and_not_green(
+    link: Pair, monkeypatch: pytest.MonkeyPatch, steps: list[str]
+) -> None:
+    monkeypatch.setenv("SYNC_CONFIG", str(link.config_path))
+    add_family(link.crm)
+    with dg.instance_for_test() as instance:
+        job = dg.reconstructable(sync_job)
+        chosen = [f"crm_to_billing.{step}" for step in steps]
+        with dg.execute_job(job, instance, op_selection=chosen) as result:
+            assert not result.success
+            assert "leaves out crm_to_billing.process_dependents" in failure_of(result)
+    assert link.crm.pending() == 3
+    with links.lead(config_of(link)):
+        pass
+
+
+def test_a_run_of_one_direction_alone_syncs_it(link: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SYNC_CONFIG", str(link.config_path))
+    add_family(link.crm)
+    with (
+        dg.instance_for_test() as instance,
+        dg.execute_job(
+            dg.reconstructable(sync_job), instance, op_selection=["crm_to_billing"]
+        ) as result,
+    ):
+        assert result.success
+    assert link.crm.pending() == 0
+    assert equal(link)
+
+
 def test_a_failed_run_says_in_one_line_what_is_wrong_and_frees_the_locks(
     link: Pair, instance: dg.DagsterInstance
 ) -> None:
