@@ -194,7 +194,9 @@ def error_class(error: psycopg.Error) -> ErrorClass:
     """Say what an error asks for: wait (`transient`), look at the schema (`catalog`) or at the record (`data`)."""
     state = error.sqlstate
     if state is None:
-        return "transient"
+        # Without the server: a connection that broke, or a statement of ours that could not be sent.
+        is_broken = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+        return "transient" if is_broken else "catalog"
     if _FUNCTION_OF_APPLICATION.search(error.diag.context or "") and (
         error.diag.source_function == _RAISED
         or (state[:2] in _CODE_CLASSES and state != _LOCK_NOT_AVAILABLE)

@@ -3,7 +3,10 @@
 import threading
 from itertools import count
 
-from sync_pipeline import stream
+import pytest
+
+from sync_pipeline import passes, stream
+from sync_pipeline.errors import CatalogMismatch, PassInterrupted
 from sync_pipeline.stream import Listener
 from tests.engine import equal, installed
 from tests.helpers import Node, Pair
@@ -72,3 +75,11 @@ def test_the_pause_grows_while_each_pass_fails_though_the_consumer_leads_each_ti
 
     stream.stream(config, stop, seconds=60, listener=Listener(interrupted=interrupted))
     assert pauses[0] < pauses[1] < pauses[2]
+
+
+def test_a_statement_that_cannot_be_sent_is_no_broken_connection(pair: Pair) -> None:
+    with pytest.raises(CatalogMismatch, match="parameter"), passes.interruptions():
+        pair.crm.connection.execute("select %(left_out)s", {})
+    pair.crm.close()
+    with pytest.raises(PassInterrupted), passes.interruptions():
+        pair.crm.connection.execute("select 1")
