@@ -42,8 +42,8 @@ class Batch:
     # The ledger rows that are no longer needed, asked for at the end.
     forget: Callable[[], list[int]]
     waiting: Waiting
-    # The records of this pass that the source did not win: a later batch can have more events of them.
-    not_won: set[tuple[str, str]]
+    # The records of this pass that the source did not win, and who did: a later batch can have more events of them.
+    not_won: set[tuple[str, str, str | None]]
     counts: dict[str, Counts] = field(default_factory=dict, init=False)
     outcomes: list[Outcome] = field(default_factory=list, init=False)
     ledger_id: int = field(default=0, init=False)
@@ -339,7 +339,7 @@ class Batch:
         decisions = [
             # A later event of the source can turn a decision: that is told too.
             replace(d, again=True)
-            if d.winner != self.source and (d.dirty.table, d.dirty.record_id) in self.not_won
+            if (d.dirty.table, d.dirty.record_id, d.winner) in self.not_won
             else d
             for d in decisions
         ]
@@ -354,7 +354,7 @@ class Batch:
                 self._conflicts[table] = self._conflicts.get(table, 0) + 1
             if decision.winner != self.source:
                 self._lost.setdefault(table, []).append(decision.dirty.record_id)
-                self.not_won.add((table, decision.dirty.record_id))
+                self.not_won.add((table, decision.dirty.record_id, decision.winner))
 
     def _changes(self, table: str, record_ids: list[str]) -> dict[str, Change]:
         """Return what the source knows of some records of the batch: nothing of those that were brought along."""

@@ -6,6 +6,7 @@ knowledge of the source's change, whatever the clocks say.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Literal
 
 from psycopg import sql
@@ -25,6 +26,9 @@ _FOUND = sql.SQL("(t.tableoid is not null)")
 
 # The error class of a held record in `sync_failures`; SQLSTATEs have five characters.
 HELD = "HELD"
+
+# When a record changed of which there is nothing but the mark of a command, as `marks` writes it.
+_MARKED = datetime(1970, 1, 1, tzinfo=UTC)
 
 Kind = Literal["insert_insert", "update_update", "update_delete", "parent_deleted"]
 
@@ -204,6 +208,9 @@ def _kind(dirty: Dirty, row: _Comparison, change: Change | None) -> Kind:
 def _winner(
     config: Config, policy: str, source: str, target: str, dirty: Dirty, change: Change | None
 ) -> str | None:
+    if change is not None and (change.changed_at == _MARKED) != (dirty.changed_at == _MARKED):
+        # Only one of them was changed: whatever the policy, a mark has nothing that the other node lacks.
+        return target if change.changed_at == _MARKED else source
     if policy in (source, target):
         return policy
     if policy == "hold":

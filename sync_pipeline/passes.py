@@ -43,7 +43,7 @@ class Pass:
     _batch: Batch | None = field(default=None, init=False)
     _ahead: "Ahead | None" = field(default=None, init=False)
     _last_id: int = field(default=0, init=False)
-    _not_won: set[tuple[str, str]] = field(default_factory=set, init=False)
+    _not_won: set[tuple[str, str, str | None]] = field(default_factory=set, init=False)
     # Of the first and of the second writer.
     _waiting: dict[bool, Waiting] = field(default_factory=dict, init=False)
     _ended: bool = field(default=False, init=False)

@@ -437,7 +437,11 @@ def test_a_record_with_events_in_later_batches_is_decided_until_the_last_of_them
     assert logged == [("crm", "two, three")]
 
 
-def test_a_mark_does_not_win_over_a_change_of_the_other_node_that_waits(pair: Pair) -> None:
+@pytest.mark.parametrize("policy", ["last_update_wins", "crm", "hold"])
+def test_a_mark_does_not_win_over_a_change_of_the_other_node_that_waits(
+    pair: Pair, policy: str
+) -> None:
+    write_config(pair.config_path, conflict=policy)
     installed(pair)
     pair.crm.insert("accounts", id=1, name="old")
     sync_pair(pair)
@@ -449,3 +453,21 @@ def test_a_mark_does_not_win_over_a_change_of_the_other_node_that_waits(pair: Pa
         assert len(list(operate.backfill(config, connections, plan))) == 1
     sync_pair(pair)
     assert [node.rows("select name from accounts") for node in pair.nodes] == [[("new",)]] * 2
+
+
+def test_a_record_that_is_held_after_a_mark_of_it_lost_has_a_conflict_to_resolve(
+    pair: Pair,
+) -> None:
+    write_config(pair.config_path, conflict="hold", batch_size=1)
+    config = installed(pair)
+    pair.crm.insert("accounts", id=1, name="old")
+    sync_pair(pair)
+    pair.billing.execute("update accounts set name = 'billing'")
+    with connected(config.first, config, "t") as one, connected(config.second, config, "t") as two:
+        connections = {config.first.name: one, config.second.name: two}
+        assert operate.replay(config, connections, "accounts", "crm", operate.Replay(["1"])) == 1
+    pair.crm.execute("update accounts set name = 'crm'")
+    sync_pair(pair)
+    assert names(pair.crm) == [("crm",)]
+    assert names(pair.billing) == [("billing",)]
+    assert len(open_conflicts(pair)) == 1
