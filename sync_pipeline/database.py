@@ -63,12 +63,17 @@ _LOCK_NOT_AVAILABLE = "55P03"
 _RAISED = "exec_stmt_raise"  # The function of PostgreSQL behind RAISE in PL/pgSQL: the text is the application's.
 # What a function of the application that runs because of a record is to blame for: a name that it does not find.
 _CODE_CLASSES = _CATALOG_CLASSES | {"55"}
-# A function in the context of an error that is none of ours.
-_FUNCTION_OF_APPLICATION = re.compile(
-    r"PL/\w+[ -]\S+ (?:[^\s(.]+\.)?(?!capture_|try_each\(|has_lost_rows\()[^\s(.]+\("
-    r'|^SQL function "(?!has_events|events_|next_events)',
-    re.MULTILINE,
+# Lines of the context of an error, in whatever language the server speaks: one that names a function in a procedural
+# language, one of ours among these, and one that names a function in SQL that is none of ours.
+_FUNCTION = re.compile(r"PL/\w")
+_OUR_FUNCTION = re.compile(r"(?<!\w)(?:try_each|has_lost_rows)\(")
+_CAPTURE_FUNCTION = re.compile(r"(?<!\w)capture_\w+\(\)")
+_SQL_FUNCTION = re.compile(
+    r'^(?:SQL function "|[^"«»]*SQL[^"«»]*["«»]\s?(?=[^"«»\s]+\s?["«»])|"(?=\S+" SQL))'
+    "(?!has_events|events_|next_events)"
 )
+# What our capture functions do beside a test of a setting. An application can call one of its own `capture_payment`.
+_CAPTURED = "sync_events (table_name, record_id, event_type, caused_by)"
 
 
 # PostgreSQL looks up values of a list in a hash table from this length on.
@@ -197,7 +202,7 @@ def error_class(error: psycopg.Error) -> ErrorClass:
         # Without the server: a connection that broke, or a statement of ours that could not be sent.
         is_broken = isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
         return "transient" if is_broken else "catalog"
-    if _FUNCTION_OF_APPLICATION.search(error.diag.context or "") and (
+    if _is_of_application(error.diag) and (
         error.diag.source_function == _RAISED
         or (state[:2] in _CODE_CLASSES and state != _LOCK_NOT_AVAILABLE)
     ):
@@ -207,6 +212,21 @@ def error_class(error: psycopg.Error) -> ErrorClass:
     if error.diag.source_function == _RAISED:
         return "data"
     return "catalog" if state[:2] in _CATALOG_CLASSES else "data"
+
+
+def _is_of_application(said: psycopg.errors.Diagnostic) -> bool:
+    """True when a function that is none of ours was on the way to an error."""
+    context = said.context or ""
+    captured = _CAPTURED in f"{context} {said.internal_query or ''}".replace('"', "")
+    return any(
+        _SQL_FUNCTION.search(line)
+        or (
+            _FUNCTION.search(line)
+            and not _OUR_FUNCTION.search(line)
+            and not (captured and _CAPTURE_FUNCTION.search(line))
+        )
+        for line in context.splitlines()
+    )
 
 
 def in_words(error: psycopg.Error) -> str:

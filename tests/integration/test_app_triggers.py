@@ -1,12 +1,17 @@
 """Triggers of the application: what they do elsewhere is work of their node and travels; nothing ping-pongs."""
 
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import psycopg
 import pytest
 
-from sync_pipeline import passes
+from sync_pipeline import passes, servers
 from sync_pipeline.errors import CatalogMismatch, PassInterrupted
 from sync_pipeline.link import lead
 from tests.engine import config_of, installed, sync_pair, totals
-from tests.helpers import Pair, write_config
+from tests.helpers import Cluster, Node, Pair, write_config
 from tests.shapes import converge, failures, link, marked, texts
 
 AUDIT = """
@@ -19,6 +24,13 @@ begin
 end $$;
 create trigger note after insert or update or delete on items for each row execute function note();
 """
+
+CARELESS = """create function {name}() returns trigger language plpgsql as $$
+begin
+    if new.word = 'bad' then perform count(*) from forgotten; end if;
+    return new;
+end $$;
+create trigger careless before insert or update on t for each row execute function {name}()"""
 
 
 @pytest.mark.core
@@ -235,6 +247,65 @@ def test_what_is_wrong_in_a_trigger_is_said_of_its_record(
     totals(pair)
     assert texts(pair.billing, "t") == ["(1,good)", "(3,good)"]
     assert [failure[:3] for failure in failures(pair.crm)] == [("t", "2", error_class)]
+
+
+@pytest.mark.parametrize("name", ["capture_payment", '"take a note"'])
+def test_what_is_wrong_in_a_trigger_is_said_of_its_record_whatever_its_function_is_called(
+    pair: Pair, name: str
+) -> None:
+    link(pair, "create table t (id int primary key, word text)", "t")
+    pair.billing.execute(CARELESS.format(name=name))
+    pair.crm.execute("insert into t values (1, 'good'), (2, 'bad')")
+    totals(pair)
+    assert texts(pair.billing, "t") == ["(1,good)"]
+    assert [failure[:3] for failure in failures(pair.crm)] == [("t", "2", "42P01")]
+
+
+@pytest.mark.parametrize("language", ["fr", "ko"])
+def test_what_is_wrong_in_a_function_is_said_of_its_record_in_any_language(
+    pair: Pair, server_directory: Path, monkeypatch: pytest.MonkeyPatch, language: str
+) -> None:
+    found = servers.available_versions().items()
+    versions = [version for version, path in found if "site-packages" not in path.parts]
+    if not versions:
+        pytest.skip("only the wheel's PostgreSQL is here, which speaks no other language")
+    monkeypatch.setenv("LANGUAGE", language)
+    directory, settings = server_directory / language, {"lc_messages": "C.utf8"}
+    with (
+        closing(
+            Cluster(servers.Server.create(directory, versions[-1], settings=settings))
+        ) as cluster,
+        closing(Node("billing", cluster.server.dsn(cluster.clone()), cluster.server)) as billing,
+    ):
+        with pytest.raises(psycopg.errors.UndefinedTable) as said:
+            billing.rows("forgotten")
+        if "does not exist" in str(said.value):
+            pytest.skip("this PostgreSQL has no other language")
+        pair = replace(pair, billing=billing)
+        link(
+            pair,
+            "create table t (id int primary key, word text); create table u (like t including all)",
+            "t",
+            "u",
+        )
+        billing.execute(CARELESS.format(name="careless"))
+        billing.execute(
+            """create table lost ();
+            create function is_known(text) returns boolean language sql
+                as $$ select exists (select from lost) or $1 = 'good' $$;
+            alter table u add check (is_known(word));
+            drop table lost"""
+        )
+        pair.crm.execute(
+            "insert into t values (1, 'good'), (2, 'bad'); insert into u select * from t"
+        )
+        totals(pair)
+        assert texts(billing, "t") == ["(1,good)"]
+        assert [failure[:3] for failure in failures(pair.crm)] == [
+            ("t", "2", "42P01"),
+            ("u", "1", "42P01"),
+            ("u", "2", "42P01"),
+        ]
 
 
 def test_a_table_with_a_rule_is_refused_where_it_is_written_to(pair: Pair) -> None:
