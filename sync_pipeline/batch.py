@@ -18,7 +18,7 @@ from sync_pipeline.errors import PassInterrupted
 from sync_pipeline.outbox import Outcome
 from sync_pipeline.parents import ChildrenLeftError, Parents
 from sync_pipeline.records import Counts, Failure
-from sync_pipeline.snapshot import Change, Intake, Snapshot, require_widths
+from sync_pipeline.snapshot import Change, Intake, Part, Snapshot, require_widths
 from sync_pipeline.waiting import Dirty, Waiting
 
 MAX_ROUNDS = 8
@@ -321,18 +321,38 @@ class Batch:
         ]
 
     def _decided(self, dirty: list[Dirty]) -> list[Decision]:
+        parents = [each for each in dirty if self._is_parent_brought_along(each.number)]
+        others = [each for each in dirty if not self._is_parent_brought_along(each.number)]
+        return conflicts.decide(
+            self.applier, self.config, self.source, self.target, others, self._changes
+        ) + self._decided_of_parents(parents)
+
+    def _decided_of_parents(self, dirty: list[Dirty]) -> list[Decision]:
+        """Let parents that were brought along come back, whatever the policy.
+
+        The target deleted what the source has given new children, or moved the value that they refer to. But where the
+        source has changed the parent itself, too, that is a conflict like any other.
+        """
+        changed: dict[tuple[str, str], Change] = {}
+
+        def changes(table: str, record_ids: list[str]) -> dict[str, Change]:
+            found = self.snapshot.changes_of_keys([Part(table)], record_ids)
+            changed.update(((table, record_id), change) for record_id, change in found.items())
+            return found
+
         decisions = conflicts.decide(
-            self.applier, self.config, self.source, self.target, dirty, self._changes
+            self.applier, self.config, self.source, self.target, dirty, changes
         )
         return [
-            # The target deleted a parent that the source has given new children: it comes back.
-            Decision(d.dirty, "parent_deleted", self.source)
-            if d.dirty.number > self._last_number
-            and d.dirty.number not in self._companions.further_numbers
-            and not d.equal
-            else d
+            d
+            if d.equal
+            or (d.kind != "update_delete" and (d.dirty.table, d.dirty.record_id) in changed)
+            else Decision(d.dirty, "parent_deleted", self.source)
             for d in decisions
         ]
+
+    def _is_parent_brought_along(self, number: int) -> bool:
+        return number > self._last_number and number not in self._companions.further_numbers
 
     def _settle(self, decisions: list[Decision]) -> None:
         self.settled.update((d.dirty.table, d.dirty.record_id) for d in decisions)

@@ -437,6 +437,45 @@ def test_a_record_with_events_in_later_batches_is_decided_until_the_last_of_them
     assert logged == [("crm", "two, three")]
 
 
+@pytest.mark.parametrize(
+    ("policy", "later", "expected"),
+    [
+        ("billing", "crm", "(1,a,ours)"),
+        ("crm", "billing", "(1,b,old)"),
+        ("last_update_wins", "billing", "(1,a,ours)"),
+        ("last_update_wins", "crm", "(1,b,old)"),
+    ],
+)
+def test_a_parent_that_a_child_of_an_earlier_batch_needs_is_decided_by_the_policy(
+    pair: Pair, policy: str, later: str, expected: str
+) -> None:
+    link(
+        pair,
+        """create table parents (id int primary key, code text unique, name text);
+        create table children (id int primary key,
+            code text references parents (code) on update cascade)""",
+        {"name": "parents", "conflict": policy},
+        "children",
+        batch_size=1,
+    )
+    pair.crm.execute("insert into parents values (1, 'a', 'old')")
+    converge(pair, "parents")
+    changes = {
+        "crm": "insert into children values (1, 'a'); update parents set code = 'b'",
+        "billing": "update parents set name = 'ours'",
+    }
+    for node in sorted(pair.nodes, key=lambda node: node.name == later):
+        node.execute(changes[node.name])
+    sync_pair(pair)
+    # The child waits for the value that its parent has got.
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    converge(pair, "parents", "children")
+    assert texts(pair.crm, "parents") == [expected]
+    assert {kind for (kind,) in pair.billing.rows("select kind from sync.sync_conflicts")} == {
+        "update_update"
+    }
+
+
 @pytest.mark.parametrize("policy", ["last_update_wins", "crm", "hold"])
 def test_a_mark_does_not_win_over_a_change_of_the_other_node_that_waits(
     pair: Pair, policy: str
