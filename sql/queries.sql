@@ -100,6 +100,24 @@ select
                     from unnest(reference.confkey) with ordinality as part (attnum, position)
                     join pg_catalog.pg_attribute as attribute
                         on attribute.attrelid = reference.confrelid and attribute.attnum = part.attnum
+                ),
+                -- Where the two columns have not the same: by which they are compared. An index of the child has its own.
+                'collations', (
+                    select pg_catalog.jsonb_agg(case when mine.attcollation <> theirs.attcollation then (
+                        select pg_catalog.jsonb_build_array(collation_namespace.nspname, used.collname)
+                        from pg_catalog.pg_collation as used
+                        join pg_catalog.pg_namespace as collation_namespace
+                            on collation_namespace.oid = used.collnamespace
+                        where used.oid in (mine.attcollation, theirs.attcollation)
+                        order by used.collisdeterministic, used.oid = theirs.attcollation
+                        limit 1
+                    ) end order by part.position)
+                    from unnest(reference.conkey, reference.confkey) with ordinality
+                        as part (attnum, parent_attnum, position)
+                    join pg_catalog.pg_attribute as mine
+                        on mine.attrelid = reference.conrelid and mine.attnum = part.attnum
+                    join pg_catalog.pg_attribute as theirs
+                        on theirs.attrelid = reference.confrelid and theirs.attnum = part.parent_attnum
                 )
             ) order by reference.conname, child_namespace.nspname, child.relname
         ), '[]')

@@ -367,6 +367,10 @@ def _link_foreign_keys(
                     parent=parent.table,
                     parent_columns=tuple(reference["parent_columns"]),
                     parent_fields=_fields(parent, reference["parent_columns"]),
+                    collations=tuple(
+                        None if name is None else (name[0], name[1])
+                        for name in reference["collations"]
+                    ),
                 )
                 # An excluded column is each node's own affair, but for a delete that would take rows along.
                 if reference["cascades"] or (

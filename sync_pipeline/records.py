@@ -95,6 +95,8 @@ class ForeignKey:
     parent: str
     parent_columns: tuple[str, ...]
     parent_fields: tuple[str, ...]
+    # Schema and name of what a pair of columns is compared by, where each has another one.
+    collations: tuple[tuple[str, str] | None, ...]
 
     @property
     def is_carried(self) -> bool:

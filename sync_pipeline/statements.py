@@ -616,6 +616,12 @@ class TableStatements:
 def _reference(key: ForeignKey) -> sql.Composed:
     """True when the child `c` refers to the parent `t`."""
     return sql.SQL(" and ").join(
-        sql.SQL("c.{} = t.{}").format(sql.Identifier(mine), sql.Identifier(theirs))
-        for mine, theirs in zip(key.columns, key.parent_columns, strict=True)
+        sql.SQL("c.{} = t.{}{}").format(
+            sql.Identifier(mine),
+            sql.Identifier(theirs),
+            sql.SQL(" collate {}").format(sql.Identifier(*collation)) if collation else sql.SQL(""),
+        )
+        for mine, theirs, collation in zip(
+            key.columns, key.parent_columns, key.collations, strict=True
+        )
     )

@@ -638,6 +638,25 @@ def test_a_parent_is_not_brought_along_against_the_direction_of_its_table(pair: 
     assert [failure[:3] for failure in failures(pair.billing)] == [("children", "1", "23503")]
 
 
+def test_a_child_may_sort_by_another_collation_than_its_parent(pair: Pair) -> None:
+    link(
+        pair,
+        """create table parents (area int, code text collate "C", primary key (area, code));
+        create table children (id int primary key, area int, code text collate "POSIX",
+            foreign key (area, code) references parents on delete cascade)""",
+        "parents",
+        "children",
+    )
+    pair.crm.execute("insert into parents values (1, 'a'), (1, 'b')")
+    pair.crm.execute("insert into children values (1, 1, 'a'), (2, 1, 'b')")
+    converge(pair, "parents", "children")
+    pair.crm.execute("delete from parents")
+    pair.billing.execute("insert into children values (3, 1, 'b')")
+    converge(pair, "parents", "children")
+    assert texts(pair.crm, "parents") == ["(1,b)"]
+    assert texts(pair.crm, "children") == ["(3,1,b)"]
+
+
 STEMS = "create table stems (id int primary key);"
 
 
