@@ -54,8 +54,12 @@ def init(
     if file.exists() and not force:
         refuse(f"{file} is there already and was not touched; repeat with --force to write over it")
     one, two = (_node(name, variable) for name, variable in variables.items())
-    # Only to connect: no table of that name is asked for.
-    with open_nodes(Config(nodes=(one, two), tables=(TableConfig(name="none"),))) as connections:
+    try:
+        # Only to connect: no table of that name is asked for.
+        link = Config(nodes=(one, two), tables=(TableConfig(name="none"),))
+    except ValidationError as error:
+        raise ConfigurationError(_problem(error)) from None
+    with open_nodes(link) as connections:
         proposed = proposal.propose((one, two), connections, variables)
     configuration.parse(proposed.text, file=str(file))
     try:
@@ -92,6 +96,11 @@ def _node(name: str, variable: str) -> NodeConfig:
     try:
         return NodeConfig(name=name, dsn=SecretStr(os.environ[variable]))
     except ValidationError as error:
-        # Not chained: the input may be a connection string.
-        problem = error.errors(include_url=False, include_input=False)[0]["msg"]
-    raise ConfigurationError(problem, place=name)
+        is_name = error.errors(include_url=False, include_input=False)[0]["loc"] == ("name",)
+        place = name if is_name else f"{name}: ${variable}"
+        raise ConfigurationError(_problem(error), place=place) from None
+
+
+def _problem(error: ValidationError) -> str:
+    # Not chained, and without the input: it may be a connection string.
+    return str(error.errors(include_url=False, include_input=False)[0]["msg"])

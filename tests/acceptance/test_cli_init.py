@@ -165,13 +165,15 @@ def test_without_a_common_table_nothing_is_written(bare: Pair) -> None:
         (("--first", "crm=CRM_DSN", "--second", "crm=BILLING_DSN"), 2, "the same node"),
         (("--first", "crm", "--second", "billing=BILLING_DSN"), 2, "NODE=VARIABLE"),
         (("--first", "Crm!=CRM_DSN", "--second", "b=BILLING_DSN"), 1, "is no node name"),
+        (("--first", "crm=CRM_DSN", "--second", "billing=CRM_DSN"), 1, "the same database as crm"),
+        (("--first", "crm=EMPTY", "--second", "billing=CRM_DSN"), 1, "crm: $EMPTY: is empty"),
         (("--first", "crm=postgresql://x:secret@y/z", "--second", "b=B"), 2, "not the DSN itself"),
     ],
 )
 def test_wrong_arguments_are_one_clear_line(
     bare: Pair, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
-    result = run(bare, "init", *arguments)
+    result = run(bare, "init", *arguments, EMPTY="")
     assert result.returncode == code
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
