@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import psycopg
 import typer
 
-from sync_pipeline import __version__
+from sync_pipeline import __version__, identity, locks
 from sync_pipeline.cli.show import complain, say
 from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, connected, in_words
@@ -101,10 +101,16 @@ def main() -> None:
 
 @contextmanager
 def open_nodes(config: Config) -> Iterator[dict[str, Connection]]:
-    """Connect to both nodes for a `with` block; raises for the first that cannot be reached."""
+    """Connect to both nodes for a `with` block; raises for the first that cannot be reached.
+
+    And for two that are one database, and for a pooler that shares sessions: no command can do its work there.
+    """
     with open_reachable(config) as (connections, unreachable):
         for error in unreachable.values():
             raise error
+        for node in config.nodes:
+            locks.refuse_shared_sessions(connections[node.name], node)
+        identity.refuse_one_database(config, connections)
         yield connections
 
 

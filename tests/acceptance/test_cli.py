@@ -216,6 +216,24 @@ def test_a_node_that_is_down_is_one_line_without_a_password(link: Pair) -> None:
         assert "secret" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["verify"], ["replay", "users", "--node", "crm", "--all"], ["resume"], ["uninstall", "--yes"]],
+    ids=" ".join,
+)
+def test_two_names_of_one_database_are_no_pair_that_a_command_works_on(
+    link: Pair, arguments: list[str]
+) -> None:
+    """Both sides of `verify` would be equal, and what changes both nodes would wait for itself."""
+    elsewhere = make_conninfo(link.crm.dsn, host="elsewhere", hostaddr="127.0.0.1")
+    result = run(link, *arguments, BILLING_DSN=elsewhere)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        "the dsns of crm and billing lead to the same database; correct one of them\n"
+    )
+    assert link.crm.pending() == 0
+
+
 def test_a_link_that_is_not_installed_is_told_to_be(pair: Pair) -> None:
     for command in ("sync", "stream", "status", "pending", "failures", "conflicts", "pause"):
         assert "run `sync-pipeline install`" in refused(pair, command)

@@ -12,8 +12,10 @@ from urllib.parse import urlsplit
 
 import psycopg
 import pytest
+from typer.testing import CliRunner
 
 from sync_pipeline import doctor
+from sync_pipeline.cli import app
 from sync_pipeline.config import Config, load
 from sync_pipeline.database import connected
 from sync_pipeline.errors import PoolerRefused
@@ -73,7 +75,9 @@ def _wait_for(dsn: str, pooler: subprocess.Popen[bytes]) -> None:
     raise AssertionError("pgbouncer does not answer")
 
 
-def test_a_pooler_in_transaction_mode_is_refused(pair: Pair, tmp_path: Path) -> None:
+def test_a_pooler_in_transaction_mode_is_refused(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     installed(pair)
     with (
         pooled(pair, "transaction", tmp_path) as config,
@@ -81,7 +85,11 @@ def test_a_pooler_in_transaction_mode_is_refused(pair: Pair, tmp_path: Path) -> 
         lead(config),
     ):
         pass
-    with pooled(pair, "transaction", tmp_path) as config:
+    with pooled(pair, "transaction", tmp_path) as config, monkeypatch.context() as patch:
+        patch.setenv("CRM_DSN", config.first.dsn.get_secret_value())
+        patch.setenv("BILLING_DSN", pair.billing.dsn)
+        done = CliRunner().invoke(app, ["install", "--config", str(pair.config_path)])
+        assert isinstance(done.exception, PoolerRefused)
         found = [f for f in doctor.examine(config) if f.check == "pooler"]
     assert [(f.level, f.node) for f in found] == [("error", "crm")]
     assert pair.crm.value("select count(*) from pg_locks where locktype = 'advisory'") == 0
