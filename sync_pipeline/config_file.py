@@ -42,6 +42,7 @@ _Loader.add_implicit_resolver(_MERGE, re.compile(r"^<<$"), ["<"])
 _SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "timestamp")}
 
 _VARIABLE = re.compile(r"(\$\$\{)|\$\{([^}]*)(\}?)")
+_VARIABLE_ALONE = re.compile(r"\$\{\w+\}")
 # The parser quotes what it met, which may be part of a password: only its token names may stay.
 _PARSER_QUOTE = re.compile(r"\s*'[^']*'")
 _PARSER_TOKEN = re.compile(r"\s*'(?:<[a-z ]+>|.)'")
@@ -289,7 +290,8 @@ class Reading:
             if any(known_place[: len(at)] == at for known_place in self.problems):
                 continue
             if error["type"] == "problem":
-                self.report(at, error["ctx"]["problem"], error["ctx"]["remedy"])
+                problem = f"{error['ctx']['problem']}{self._origin(at)}"
+                self.report(at, problem, error["ctx"]["remedy"])
                 continue
             expected = known[str(loc[0])].description or "a value"
             if error["type"] == "missing":
@@ -304,6 +306,11 @@ class Reading:
         wrong = {str(error["loc"][0]) for error in errors if error["loc"]} or set(value)
         rest = {key: item for key, item in value.items() if key not in wrong}
         return self._model(model, place, rest) if len(rest) < len(value) else None
+
+    def _origin(self, place: Place) -> str:
+        """Return which variable a value came from: what is wrong is there, not in the file."""
+        written = str(self.written.get(place))
+        return f" (from {written})" if _VARIABLE_ALONE.fullmatch(written) else ""
 
     def _is_mapping(self, place: Place, value: Any, expected: str) -> bool:
         if isinstance(value, dict):
@@ -330,7 +337,7 @@ def _show(value: object, *, secret: bool = False) -> str:
     if isinstance(value, list):
         return "a list" if value else "an empty list"
     text = str(value)
-    variable = re.fullmatch(r"\$\{\w+\}", text)
+    variable = _VARIABLE_ALONE.fullmatch(text)
     return f"`{text}`" if not secret and (variable or SHOWABLE.fullmatch(text)) else "a text"
 
 

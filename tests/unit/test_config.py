@@ -376,7 +376,7 @@ REFUSED = {
     "nodes: {crm: {dsn: host=a}, hold: {dsn: host=b}}\ntables: [a]": "policy's own name",
     "nodes: {crm: {dsn: host=a}, where: {dsn: host=b}}\ntables: [a]": "policy's own name",
     "nodes: {crm: {}, b: {dsn: host=b}}\ntables: [a]": "nodes.crm.dsn: is missing",
-    'nodes: {crm: {dsn: "${EMPTY}"}, b: {dsn: host=b}}\ntables: [a]': "nodes.crm.dsn: is empty",
+    'nodes: {crm: {dsn: "${EMPTY}"}, b: {dsn: host=b}}\ntables: [a]': "nodes.crm.dsn: is empty (from ${EMPTY})",
     "nodes: {crm: {dns: host=a}, b: {dsn: host=b}}\ntables: [a]": "did you mean `dsn`?",
     "nodes: {crm: host=a, b: {dsn: host=b}}\ntables: [a]": "nodes.crm: expected a mapping",
     "nodes: {crm: {dsn: host=a}, b: {dsn: host=a port=5432}}\ntables: [a]": "same database as crm",
