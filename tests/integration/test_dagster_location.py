@@ -223,12 +223,13 @@ def test_maintenance_removes_old_runs_of_this_link_with_all_that_belongs_to_them
     link: Pair,
 ) -> None:
     with dg.instance_for_test() as instance:
-        runs = [run(link, instance) for _ in range(3)]
+        # The oldest of all, so that nothing but its tag keeps it.
         foreign = instance.create_run_for_job(
             dagster_runs.definitions(link).resolve_job_def("sync_job"),
             status=dg.DagsterRunStatus.SUCCESS,
             tags={"sync/link": "another"},
         )
+        runs = [run(link, instance) for _ in range(3)]
         events = tick(link, instance, "watch_sensor").asset_events
         for event in events:
             instance.report_runless_asset_event(event)
