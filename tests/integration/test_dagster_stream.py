@@ -16,6 +16,7 @@ from tests.engine import config_of, equal
 from tests.helpers import Pair
 
 ACCOUNTS = dg.AssetKey(["sync", "accounts"])
+HALF_A_MINUTE = 30.0
 BRIEFLY = {"ops": {"stream_changes": {"config": {"seconds": 2}}}}
 
 
@@ -39,6 +40,7 @@ def test_a_stream_run_applies_changes_until_its_budget_is_over_and_tells_what_it
 def test_a_stream_run_tells_of_a_table_now_and_then_and_the_rest_at_its_end(
     link: Pair, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert streaming.OBSERVE_SECONDS >= HALF_A_MINUTE
     monkeypatch.setattr(streaming, "OBSERVE_SECONDS", 0.6)
     over = Event()
 
