@@ -44,6 +44,12 @@ MUTATIONS = {
         "if source.name in self.link.unrecovered and source.name == self.source:",
         f"{CRASHES}::test_a_batch_committed_but_not_acknowledged_is_not_applied_twice",
     ),
+    "the exact ids of an acknowledgement": Mutation(
+        "sql/queries.sql",
+        "where event.id >= lower(read_ids)\n    and event.id < upper(read_ids)\n\n",
+        "where event.id < upper(read_ids)\n\n",
+        f"{PROTOCOL}::test_an_event_that_commits_between_the_read_and_the_acknowledgement_stays",
+    ),
     "the age of the events that the ledger matches": Mutation(
         "sync_pipeline/ledger.py",
         '{"ids": ids, "read_at": read_at},',

@@ -66,6 +66,23 @@ def test_a_transaction_that_commits_late_with_an_early_id_is_not_skipped(
     assert len(pair.billing.rows("accounts")) == 2
 
 
+def test_an_event_that_commits_between_the_read_and_the_acknowledgement_stays(
+    pair: Pair, link: Link
+) -> None:
+    with pair.crm.connect(autocommit=False) as late:
+        pair.crm.insert("accounts", id=1, name="before")
+        late.execute("insert into accounts values (2, 'late')")
+        pair.crm.insert("accounts", id=3, name="after")
+        with Pass(link, "crm", "billing") as one:
+            one.fetch_dependents()
+            late.commit()
+            one.process_parents()
+            one.process_dependents()
+    assert pair.crm.rows("select record_id from sync.sync_events") == [("2",)]
+    passes.run(link)
+    assert equal(pair)
+
+
 @pytest.mark.parametrize("stage", ["fetch_dependents", "process_parents"])
 def test_a_child_and_its_parent_deleted_between_two_stages(
     pair: Pair, link: Link, stage: str
