@@ -245,7 +245,9 @@ def key_values(relation: Relation, text: sql.Composable) -> list[sql.Composed]:
     columns = [relation.columns[field] for field in relation.key]
     parts: list[sql.Composable] = [text]
     if len(columns) > 1:
-        parts = [sql.SQL(f"(({{}})::jsonb ->> {n})").format(text) for n in range(len(columns))]
+        # Any number is JSON, too: where there is no such part, the second argument is an error.
+        part_or_error = "coalesce(({{0}})::jsonb ->> {}, ({{0}} || ' is no key')::bigint::text)"
+        parts = [sql.SQL(part_or_error.format(n)).format(text) for n in range(len(columns))]
     values = []
     for column, part in zip(columns, parts, strict=True):
         collate = sql.SQL(f" collate {column.collation}" if column.collation else "")

@@ -515,6 +515,20 @@ def test_a_key_whose_type_lies_in_a_schema_of_the_application_is_told_from_what_
     ]
 
 
+def test_what_is_no_composite_key_is_set_aside_though_it_is_json(pair: Pair) -> None:
+    link(pair, "create table pairs (a text, b text, primary key (a, b))", "pairs")
+    pair.crm.execute("insert into pairs values ('7', 'y')")
+    wrong = ["42", "{}", "null", '["7"]', '["7", null]']
+    for record_id in wrong:
+        pair.crm.execute(
+            "insert into sync.sync_events (table_name, record_id) values ('pairs', %s)", record_id
+        )
+    sync_pair(pair)
+    assert pair.billing.rows("pairs") == [("7", "y")]
+    failed = pair.crm.rows("select record_id, state, error_class from sync.sync_failures")
+    assert sorted(failed) == sorted((record_id, "dead", "22P02") for record_id in wrong)
+
+
 SEVERAL_TEXTS = {
     "interval": ("'1 mon'", "'30 days'"),
     "jsonb": ("""'{"a": 1.0}'""", """'{"a": 1.00}'"""),
