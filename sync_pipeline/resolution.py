@@ -177,7 +177,8 @@ def _write(
         for field, column in relation.columns.items()
         if field in fields or field in relation.key
     }
-    statements = TableStatements(replace(relation, columns=logged), "resolved")
+    # A table of the application that had this name would be hidden from its triggers.
+    statements = TableStatements(replace(relation, columns=logged), "sync_pipeline_resolved")
     connection.execute(statements.create_stage)
     connection.execute(statements.stage_logged(config.schema_name, whose), {"id": conflict_id})
     parts, count = statements.upsert(0, "known", of_all=False)

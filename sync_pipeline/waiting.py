@@ -23,7 +23,8 @@ from sync_pipeline.statements import TableStatements
 # Fewer events are read faster than they are copied; more at once could take longer than a statement may.
 WORTHWHILE_EVENTS = 50_000
 MOST_EVENTS = 1_000_000
-_COPY = sql.Identifier("pg_temp", "waiting_events")
+# A table of the application that had this name would be hidden from its triggers.
+_COPY = sql.Identifier("pg_temp", "sync_pipeline_waiting")
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,6 +175,19 @@ def test_undoing_a_decision_writes_the_losing_row_back_on_both_sides(
     assert pair.billing.rows("select winner from sync.sync_conflicts") == [("crm",)]
 
 
+def test_undoing_a_decision_hides_no_table_of_the_application_from_its_triggers(
+    pair: Pair, decided: Config
+) -> None:
+    pair.billing.execute(
+        """create table resolved (id int, name text);
+        create function note() returns trigger language plpgsql as $$
+            begin insert into resolved values (new.id, new.name); return null; end $$;
+        create trigger note after update on users for each row execute function note()"""
+    )
+    resolve(decided, pair.billing.value("select id from sync.sync_conflicts"), "crm")
+    assert pair.billing.rows("resolved") == [(1, "crm")]
+
+
 def test_undoing_a_delete_brings_the_row_back(pair: Pair, decided: Config) -> None:
     pair.crm.execute("update users set name = 'updated'")
     pair.billing.execute("delete from users")
