@@ -1100,7 +1100,18 @@ where function.pronamespace = pg_catalog.to_regnamespace('{schema}')
 -- For each synced table: this role's rights, and what of the table cannot be seen in `read_catalog`.
 select
     class.oid::bigint as oid,
-    pg_catalog.pg_has_role(class.relowner, 'usage') as owned,
+    -- Schema and name of this table and of each of its partitions whose owner this role is not.
+    array(
+        select array[namespace.nspname::text, member.relname::text]
+        from pg_catalog.pg_class as member
+        join pg_catalog.pg_namespace as namespace on namespace.oid = member.relnamespace
+        where not pg_catalog.pg_has_role(member.relowner, 'usage')
+            and (
+                member.oid = class.oid
+                or member.oid in (select relid from pg_catalog.pg_partition_tree(class.oid))
+            )
+        order by member.oid
+    ) as of_others,
     array(
         select needed.privilege
         from unnest(array['select', 'insert', 'update', 'delete']) with ordinality as needed (privilege, position)

@@ -25,11 +25,13 @@ from unnest(array[:'owner', :'application', :'consumer']) as given (name)
 where not exists (select from pg_catalog.pg_roles where rolname = name)
 \gexec
 
--- The owner.
+-- The owner, of partitions too: each has triggers of its own.
 create schema if not exists :"schema" authorization :"owner";
 select pg_catalog.format('alter table %s owner to %I', class.oid::regclass, :'owner')
 from unnest(pg_catalog.string_to_array(:'tables', ',')) as given (name)
-join pg_catalog.pg_class as class on class.oid = pg_catalog.btrim(name)::regclass
+join pg_catalog.pg_class as class
+    on class.oid = pg_catalog.btrim(name)::regclass
+    or class.oid in (select relid from pg_catalog.pg_partition_tree(pg_catalog.btrim(name)::regclass))
 where pg_catalog.pg_get_userbyid(class.relowner) <> :'owner'
 \gexec
 

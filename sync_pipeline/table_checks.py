@@ -79,12 +79,13 @@ def _rights(
             f"grant {', '.join(lacking)} on {shown} to it",
         )
     # Once the triggers are there, a consumer need not own the table.
-    if sends and not row["owned"] and not is_installed:
+    if sends and row["of_others"] and not is_installed:
+        tables = ", ".join(spelled(*each) for each in row["of_others"])
         yield _finding(
             "error",
             "rights",
             relation,
-            f"the pipeline's role does not own {shown}, so it cannot create triggers there",
+            f"the pipeline's role does not own {tables}, so it cannot create triggers there",
             "run install as the owner, or make the role a member of it",
         )
 

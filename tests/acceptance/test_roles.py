@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from sync_pipeline.cli import app
 from sync_pipeline.errors import SyncPipelineError
 from tests.engine import equal
-from tests.helpers import Node, Pair
+from tests.helpers import Node, Pair, write_config
 from tests.roles import (
     APPLICATION,
     CONSUMER,
@@ -177,6 +177,22 @@ def test_the_script_and_install_may_run_again_in_any_order_and_uninstall_removes
     fill(roles.billing)
     works(roles, CONSUMER, "sync")
     assert equal(roles)
+
+
+def test_partitions_belong_to_the_owner_too_and_doctor_names_one_that_does_not(pair: Pair) -> None:
+    with separated(pair):
+        for node in pair.nodes:
+            node.execute(
+                "create table visits (id int primary key) partition by range (id);"
+                'create table "Visits 1" partition of visits for values from (0) to (9)'
+            )
+            run_script(node, "accounts, visits")
+        write_config(pair.config_path, ["accounts", "visits"])
+        pair.crm.execute('alter table "Visits 1" owner to postgres')
+        (found,) = (each for each in findings(pair, OWNER) if each["check"] == "rights")
+        assert 'does not own public."Visits 1"' in found["message"]
+        run_script(pair.crm, "accounts, visits")
+        works(pair, OWNER, "install")
 
 
 def test_a_role_that_may_not_create_the_schema_is_told_so(pair: Pair) -> None:
