@@ -10,7 +10,7 @@ from psycopg import sql
 from psycopg.errors import ForeignKeyViolation, RestrictViolation
 from psycopg.rows import dict_row
 
-from sync_pipeline import catalog, queries
+from sync_pipeline import catalog, install, queries
 from sync_pipeline.config import Config
 from sync_pipeline.database import Connection, error_class, in_words, query
 from sync_pipeline.errors import SyncPipelineError
@@ -49,6 +49,8 @@ def resolve(
         raise SyncPipelineError(
             f"unknown node {winner!r}", remedy=f"name one of {', '.join(names)}"
         )
+    for name in names:
+        install.require(config, name, connections[name])
     node, conflict = _find(config, connections, conflict_id, node)
     table, record_id = conflict["table_name"], conflict["record_id"]
     key = {"table_name": table, "record_id": record_id}

@@ -237,6 +237,8 @@ def test_two_names_of_one_database_are_no_pair_that_a_command_works_on(
 def test_a_link_that_is_not_installed_is_told_to_be(pair: Pair) -> None:
     for command in ("sync", "stream", "status", "pending", "failures", "conflicts", "pause"):
         assert "run `sync-pipeline install`" in refused(pair, command)
+    resolving = refused(pair, "conflicts", "resolve", "1", "--winner", "crm")
+    assert "run `sync-pipeline install`" in resolving
 
 
 def test_a_role_without_the_right_to_install_is_one_clear_line(pair: Pair) -> None:
