@@ -76,6 +76,18 @@ _SQL_FUNCTION = re.compile(
 _CAPTURED = "sync_events (table_name, record_id, event_type, caused_by)"
 
 
+# What to do where a server has answered, by what it says; in another language than English nobody is told.
+_REMEDIES = (
+    (
+        "too many (clients|connections)|remaining connection slots",
+        "end sessions that nobody needs, or raise the limit; a consumer needs two or three to each node",
+    ),
+    (
+        "hot standby mode",
+        "let the dsn lead to the primary, or list both servers in it: host=one,two",
+    ),
+)
+
 # PostgreSQL looks up values of a list in a hash table from this length on.
 _LONG = 9
 
@@ -146,7 +158,10 @@ def connect(node: NodeConfig, config: Config, role: str) -> Connection:
         raise ConnectionFailed(
             f"cannot connect: {said}",
             node=node.name,
-            remedy="check the dsn, the network and pg_hba.conf",
+            remedy=next(
+                (remedy for sign, remedy in _REMEDIES if re.search(sign, said)),
+                "check the dsn, the network and pg_hba.conf",
+            ),
         ) from cause
     idle = READER_IDLE_IN_TRANSACTION_SECONDS if role == "reader" else IDLE_IN_TRANSACTION_SECONDS
     settings = _SESSION | {

@@ -216,6 +216,16 @@ def test_a_node_that_is_down_is_one_line_without_a_password(link: Pair) -> None:
         assert "secret" not in result.stderr
 
 
+def test_a_server_without_a_free_connection_is_not_taken_for_a_wrong_address(link: Pair) -> None:
+    link.billing.execute("create role crowd login connection limit 0")
+    try:
+        dsn = make_conninfo(link.billing.dsn, user="crowd")
+        result = run(link, "sync", BILLING_DSN=dsn)
+        assert "end sessions that nobody needs, or raise the limit" in result.stderr
+    finally:
+        link.billing.execute("drop role crowd")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["verify"], ["replay", "users", "--node", "crm", "--all"], ["resume"], ["uninstall", "--yes"]],

@@ -11,8 +11,8 @@ import psycopg
 import pytest
 
 from sync_pipeline import catalog, doctor, install, node_checks, servers, stream
-from sync_pipeline.database import connected
-from sync_pipeline.errors import CatalogMismatch, TableMissing
+from sync_pipeline.database import connect, connected
+from sync_pipeline.errors import CatalogMismatch, ConnectionFailed, TableMissing
 from sync_pipeline.node_checks import OLDEST_VERSION
 from sync_pipeline.records import Finding
 from sync_pipeline.servers import Setting
@@ -559,6 +559,9 @@ def test_a_prepared_transaction_and_a_slot_of_a_standby_that_left_hold_back_vacu
         database = crm.connection.info.dbname
         standby = replace(tired, crm=replace(crm, dsn=replica.dsn(database)))
         assert "the server is a standby" in only(standby, "read_only").message
+        config = config_of(standby)
+        with pytest.raises(ConnectionFailed, match="let the dsn lead to the primary"):
+            connect(config.first, config, "writer")
         until(crm, "xmin is not null from pg_replication_slots")
         # A standby that follows holds back nothing that matters.
         assert findings(tired, "vacuum") == []
