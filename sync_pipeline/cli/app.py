@@ -1,5 +1,7 @@
 """The program: its options for every command, its connections, and what becomes of an error."""
 
+import errno
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -19,6 +21,8 @@ from sync_pipeline.errors import SyncPipelineError
 PROGRAM = "sync-pipeline"
 FAILED = 1
 USAGE = 2
+# What a file of the output, or a temporary one, answers when it is full or broken.
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 ConfigOption = Annotated[
     Path | None,
@@ -27,6 +31,8 @@ ConfigOption = Annotated[
         "-c",
         metavar="FILE",
         help="The configuration; default: $SYNC_CONFIG, else ./sync.yaml.",
+        # Who reads it says what is wrong.
+        readable=False,
         show_default=False,
     ),
 ]
@@ -84,9 +90,12 @@ def _options(
 
 def main() -> None:
     """Run the program on the arguments of the process. Expected errors are one clear message on stderr."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Who started the program has closed it.
+            _silence(name)
         # A name that the terminal's encoding lacks must not end the program.
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        getattr(sys, name).reconfigure(errors="backslashreplace")
     # Unwind, so that running statements are cancelled and the locks are free at once.
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -96,6 +105,16 @@ def main() -> None:
         sys.exit(error.exit_code)
     except psycopg.Error as error:
         complain(f"PostgreSQL: {in_words(error)}")
+        sys.exit(FAILED)
+    except OSError as error:
+        if error.errno not in UNWRITABLE or error.filename is not None:
+            raise
+        # What is still buffered would be tried again at the end.
+        _silence("stdout")
+        complain(
+            f"the output or a temporary file cannot be written: {error.strerror}; make room there, "
+            "or write them elsewhere (TMPDIR)"
+        )
         sys.exit(FAILED)
 
 
@@ -134,6 +153,12 @@ def refuse(message: str) -> NoReturn:
     """End as for wrong usage: nothing was done, and the message says what to add."""
     complain(message)
     raise typer.Exit(USAGE)
+
+
+def _silence(name: str) -> None:
+    """Let what is written to `stdout` or `stderr` go nowhere from now on."""
+    # It lives as long as the process.
+    setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
 
 
 def _terminate(signum: int, _: object) -> NoReturn:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -149,6 +150,48 @@ def test_a_wrong_configuration_is_named_with_file_and_place(
     message = refused(pair, *arguments)
     assert f"{pair.config_path}:3" in message
     assert "colour" in message
+
+
+def test_a_configuration_that_may_not_be_read_is_no_wrong_usage(
+    link: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may read everything, so only the answer of the system is another."""
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    done = CliRunner().invoke(app, ["status", "-c", str(link.config_path)], env=link.environment)
+    assert done.exit_code != 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["status"], ["doctor", "--json"], ["stream"]], ids=" ".join)
+def test_an_output_that_is_full_is_one_clear_line(link: Pair, arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*PROGRAM, *arguments, "--config", str(link.config_path)],
+            env=variables(link),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "cannot be written: No space left on device; make room" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_output_stops_no_command(link: Pair, closed: str) -> None:
+    line = shlex.join([*PROGRAM, "pause", "--config", str(link.config_path)])
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"{line} {closed}"],
+        env=variables(link),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert link.crm.value("select paused_at is not null from sync.sync_node")
 
 
 def test_a_table_that_does_not_exist_ends_install_before_anything_is_changed(pair: Pair) -> None:
