@@ -42,7 +42,8 @@ def resolve(
     last pass is a conflict of its own. A decided one whose winner was another: the losing row is written back from the
     log on the node that has the log, as a change that then syncs; whatever became of the record since is overwritten.
     Raises `SyncPipelineError` for an unknown number or node, for a number that both nodes have when `node` is not
-    given, and where a constraint forbids the change; then nothing is changed.
+    given, for a table that the node with the change does not send, and where a constraint forbids the change; then
+    nothing is changed.
     """
     names = [node.name for node in config.nodes]
     if winner not in names:
@@ -57,6 +58,13 @@ def resolve(
     settled = Resolution(conflict_id, table, record_id, winner, None)
     if conflict["winner"] == winner:
         return settled
+    changed = winner if conflict["resolved_at"] is None else node
+    if any(each.name == table and not each.sends(changed) for each in config.tables):
+        raise SyncPipelineError(
+            f"{table} is not synced from {changed}, which would have to send the row",
+            node=node,
+            remedy="let the other node win, or write the row on the other node by hand",
+        )
     if conflict["resolved_at"] is None:
         loser = config.other(winner).name
         # The loser first: a crash in between leaves the winner's record held, and the same command finishes it.
@@ -69,7 +77,6 @@ def resolve(
                 "mark_records",
                 {"table_name": table, "event_type": "update", "record_ids": [record_id]},
             )
-        changed = winner
     else:
         relation = catalog.read(config, connections).relation(node, table)
         whose: Whose = "local" if winner == node else "remote"
@@ -92,7 +99,6 @@ def resolve(
                 remedy="change what stands in the way, such as the record that has its unique value, "
                 "then resolve again; or write the row by hand",
             ) from error
-        changed = node
     for side in config.nodes:
         _run(
             config,

@@ -150,6 +150,26 @@ def test_a_change_that_no_pass_has_seen_is_not_decided_by_an_operator(
     assert ("unseen",) in pair.billing.rows("select local_row ->> 'name' from sync.sync_conflicts")
 
 
+def test_a_conflict_is_not_resolved_for_a_node_that_does_not_send_the_table(pair: Pair) -> None:
+    prices = {"name": "prices", "source": "crm", "conflict": "hold"}
+    config = link(pair, "create table prices (id int primary key, price int)", prices)
+    pair.crm.execute("insert into prices values (1, 1)")
+    sync_pair(pair)
+    for node, price in zip(pair.nodes, (2, 3), strict=True):
+        node.execute("update prices set price = %s", price)
+    pair.billing.execute(
+        "insert into sync.sync_events (table_name, record_id) values ('prices', '1')"
+    )
+    sync_pair(pair)
+    [(number, _)] = open_conflicts(pair)
+    with pytest.raises(SyncPipelineError, match="prices is not synced from billing"):
+        resolve(config, int(str(number)), "billing")
+    assert len(open_conflicts(pair)) == 1
+    resolve(config, int(str(number)), "crm")
+    converge(pair, "prices")
+    assert texts(pair.billing, "prices") == ["(1,2)"]
+
+
 @pytest.fixture
 def decided(pair: Pair) -> Config:
     """A pair whose user 1 was changed on both nodes and decided for billing, the later."""
