@@ -131,6 +131,25 @@ def _escaped(part: sql.Composable) -> sql.Composable:
     return sql.SQL(part.as_string(None).replace("%", "%%"))
 
 
+class _Connection(psycopg.Connection[Any]):
+    """A connection whose errors know their node."""
+
+    node: str | None = None
+
+    def wait(self, *arguments: Any, **options: Any) -> Any:
+        """Wait for an answer, as every statement does."""
+        try:
+            return super().wait(*arguments, **options)
+        except psycopg.Error as error:
+            error.__dict__["node"] = self.node
+            raise
+
+
+def node_of(error: psycopg.Error) -> str | None:
+    """Return the node whose connection an error came from."""
+    return error.__dict__.get("node")
+
+
 def connect(node: NodeConfig, config: Config, role: str) -> Connection:
     """Open a connection with the pipeline's session settings. Raises `ConnectionFailed`, without any secret.
 
@@ -139,7 +158,7 @@ def connect(node: NodeConfig, config: Config, role: str) -> Connection:
     """
     attributes = {} if role == "doctor" else {"target_session_attrs": "primary"}
     try:
-        connection = psycopg.connect(
+        connection = _Connection.connect(
             make_conninfo(node.dsn.get_secret_value(), **_PATIENCE, **attributes),
             autocommit=True,
             cursor_factory=_Cursor,
@@ -163,6 +182,7 @@ def connect(node: NodeConfig, config: Config, role: str) -> Connection:
                 "check the dsn, the network and pg_hba.conf",
             ),
         ) from cause
+    connection.node = node.name
     idle = READER_IDLE_IN_TRANSACTION_SECONDS if role == "reader" else IDLE_IN_TRANSACTION_SECONDS
     settings = _SESSION | {
         **{f"tcp_{name.removeprefix('tcp_')}": str(value) for name, value in _PATIENCE.items()},

@@ -17,7 +17,7 @@ import psycopg
 
 from sync_pipeline import clocks, ledger, outbox, snapshot
 from sync_pipeline.batch import Batch
-from sync_pipeline.database import error_class, in_words
+from sync_pipeline.database import error_class, in_words, node_of
 from sync_pipeline.errors import CatalogMismatch, ColumnsAdded, PassInterrupted
 from sync_pipeline.link import Link
 from sync_pipeline.records import DirectionReport
@@ -380,11 +380,12 @@ def interruptions() -> Iterator[None]:
     try:
         yield
     except psycopg.Error as error:
-        summary = in_words(error)
+        summary, node = in_words(error), node_of(error)
         if error_class(error) == "transient":
-            raise PassInterrupted(f"the pass was interrupted: {summary}") from error
+            raise PassInterrupted(f"the pass was interrupted: {summary}", node=node) from error
         raise CatalogMismatch(
             f"the pass met something it does not expect: {summary}",
+            node=node,
             remedy="run `sync-pipeline doctor`",
         ) from error
     except ReadFailed as error:

@@ -6,9 +6,10 @@ from itertools import count
 import pytest
 
 from sync_pipeline import passes, stream
+from sync_pipeline.database import connected
 from sync_pipeline.errors import CatalogMismatch, PassInterrupted
 from sync_pipeline.stream import Listener
-from tests.engine import equal, installed
+from tests.engine import config_of, equal, installed
 from tests.helpers import Node, Pair
 
 DISCONNECT = """
@@ -75,6 +76,16 @@ def test_the_pause_grows_while_each_pass_fails_though_the_consumer_leads_each_ti
 
     stream.stream(config, stop, seconds=60, listener=Listener(interrupted=interrupted))
     assert pauses[0] < pauses[1] < pauses[2]
+
+
+def test_an_interruption_names_the_node(pair: Pair) -> None:
+    config = config_of(pair)
+    with (
+        connected(config.second, config, "t") as connection,
+        pytest.raises(PassInterrupted, match=r"^billing: .*administrator"),
+        passes.interruptions(),
+    ):
+        connection.execute("select pg_terminate_backend(pg_backend_pid())")
 
 
 def test_a_statement_that_cannot_be_sent_is_no_broken_connection(pair: Pair) -> None:
