@@ -78,7 +78,7 @@ class Applier:
         found = self._statements.get((table, raw))
         if found is None:
             index = self.catalog.tables.index(table)
-            name = f"stage_{self._generation}_{index}{'_raw' if raw else ''}"
+            name = f"sync_pipeline_stage_{self._generation}_{index}{'_raw' if raw else ''}"
             relation = self.catalog.relation(self.node, table)
             found = TableStatements(relation, name, self._raw_encoding if raw else None)
             self._statements[table, raw] = found

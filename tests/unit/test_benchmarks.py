@@ -99,9 +99,12 @@ def test_what_was_not_measured_is_not_counted_as_a_target() -> None:
 @pytest.mark.parametrize(
     ("statement", "stage"),
     [
-        ('copy "pg_temp"."stage_0" from stdin', "stage"),
+        ('copy "pg_temp"."sync_pipeline_stage_0" from stdin', "stage"),
         ("COMMIT", "commit"),
-        ('with "u" as (update "items" as t set a = s.c1 from "stage_0" as s) select 1', "upsert"),
+        (
+            'with "u" as (update "items" as t set a = s.c1 from "sync_pipeline_stage_0" as s) select 1',
+            "upsert",
+        ),
         ("-- a comment\ndelete from sync.sync_events as event\nusing ids", "acknowledge"),
         ("select sync.has_events(5)", "check"),
         ("insert into sync.sync_applied (source) values ('crm')", "ledger"),
