@@ -61,7 +61,7 @@ class Batch:
         self._exchanging = False
         # Whether rows to be deleted become the records that take their values, where nothing else makes room.
         self._renaming = False
-        self._heirs: parking.Heirs = {}
+        self._successors: parking.Successors = {}
         self._gathered = False
         self._done: list[Step] = []
         self._error: psycopg.Error | None = None
@@ -227,7 +227,7 @@ class Batch:
             self._savepoint()
             self.counts = {}
             self.applier.expect_new = False
-            self._heirs = parking.heirs(self.applier)
+            self._successors = parking.successors(self.applier)
             refused = isolation.isolate(
                 self.applier, self._schema, self._steps(), self.counts, self._guard_parents
             )
@@ -239,7 +239,7 @@ class Batch:
         if not self._gathered:
             self._gathered = True
             self._companions.bring_children()
-            self._companions.bring_heirs()
+            self._companions.bring_successors()
 
     def _can_rename(self) -> bool:
         with self._connection.transaction(force_rollback=True):
@@ -247,7 +247,7 @@ class Batch:
 
     def _exchange(self, refused: list[Refusal]) -> list[Refusal]:
         """Let those of the refused records that can exchange unique values or places; return the others."""
-        hopeful, hopeless = parking.divide(self.applier, refused, self._heirs)
+        hopeful, hopeless = parking.divide(self.applier, refused, self._successors)
         if not hopeful:
             return hopeless
         counts = deepcopy(self.counts)
@@ -255,7 +255,7 @@ class Batch:
             with self._connection.transaction():
                 self.applier.defer_constraints()
                 parking.sit_out(self.applier, hopeless)
-                parking.go_again(self.applier, hopeful, self._heirs)
+                parking.go_again(self.applier, hopeful, self._successors)
                 parking.rename(self.applier)
                 self._parked = parking.park(self.applier)
                 self._run(self._steps())
@@ -307,7 +307,7 @@ class Batch:
 
     def _guard_parents(self, step: Step, refused: Sequence[Refusal]) -> list[Refusal]:
         return self._parents.guard(
-            step, refused, self._heirs, self._parked, gathered=self._gathered
+            step, refused, self._successors, self._parked, gathered=self._gathered
         )
 
     # --- conflicts ---

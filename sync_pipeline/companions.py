@@ -63,7 +63,7 @@ class Companions:
         """Stage clean children of records to be deleted that have changed on the source as well; true if any came."""
         return _bring(self._bring_level_of_children)
 
-    def bring_heirs(self) -> None:
+    def bring_successors(self) -> None:
         """Stage records that take the place of rows to be deleted: they have a value of theirs that rows refer to."""
         for table, index in list(parking.referred_indexes(self.applier)):
             statements = self.applier.statements(table)

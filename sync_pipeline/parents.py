@@ -48,7 +48,7 @@ class Parents:
         self,
         step: Step,
         refused: Sequence[Refusal],
-        heirs: parking.Heirs,
+        successors: parking.Successors,
         parked: Mapping[str, set[int]],
         *,
         gathered: bool,
@@ -69,7 +69,7 @@ class Parents:
         guarded = [table for table in step.tables if table in applier.catalog.referenced]
         for table in guarded:
             self._connection.execute(applier.statements(table).lock_gone)
-        parents = self._refuse_replaced(refused, heirs, guarded)
+        parents = self._refuse_replaced(refused, successors, guarded)
         parents += self._refuse_parents_of([*refused, *parents], guarded)
         # A parent that stays refers to parents itself: those may be among the records of this very step.
         while any(
@@ -80,7 +80,7 @@ class Parents:
         return parents
 
     def _refuse_replaced(
-        self, refused: Sequence[Refusal], heirs: parking.Heirs, tables: list[str]
+        self, refused: Sequence[Refusal], successors: parking.Successors, tables: list[str]
     ) -> list[Refusal]:
         """Refuse to delete the rows whose place refused records were to take."""
         waiting = {(refusal.table, refusal.number) for refusal in refused}
@@ -91,8 +91,8 @@ class Parents:
                 FOREIGN_KEY_VIOLATION,
                 "what takes its place was refused, and rows refer to it",
             )
-            for (table, number), successors in heirs.items()
-            if table in tables and not waiting.isdisjoint((table, n) for n in successors)
+            for (table, number), numbers in successors.items()
+            if table in tables and not waiting.isdisjoint((table, n) for n in numbers)
         ]
         parking.sit_out(self.applier, replaced)
         return replaced

@@ -66,7 +66,7 @@ class Holder:
 
 
 # By table and number of a row that is to be deleted, the numbers of the records that take its place.
-Heirs = Mapping[tuple[str, int], set[int]]
+Successors = Mapping[tuple[str, int], set[int]]
 
 
 def park(applier: Applier) -> dict[str, set[int]]:
@@ -102,7 +102,7 @@ def rename(applier: Applier) -> bool:
     return found
 
 
-def heirs(applier: Applier) -> Heirs:
+def successors(applier: Applier) -> Successors:
     """Return, by table and number, the staged records that take the place of each row that is to be deleted."""
     found: dict[tuple[str, int], set[int]] = {}
     for table, index in referred_indexes(applier):
@@ -190,7 +190,7 @@ def sit_out(applier: Applier, refused: Sequence[Refusal]) -> None:
         )
 
 
-def go_again(applier: Applier, refused: Sequence[Refusal], successors: Heirs) -> None:
+def go_again(applier: Applier, refused: Sequence[Refusal], successors: Successors) -> None:
     """Take rows in again that were to be deleted and waited for who takes their place."""
     for table in dict.fromkeys(refusal.table for refusal in refused):
         numbers = [
@@ -200,7 +200,7 @@ def go_again(applier: Applier, refused: Sequence[Refusal], successors: Heirs) ->
 
 
 def divide(
-    applier: Applier, refused: Sequence[Refusal], successors: Heirs
+    applier: Applier, refused: Sequence[Refusal], successors: Successors
 ) -> tuple[list[Refusal], list[Refusal]]:
     """Divide refused records into those that may pass together and those that cannot; name who holds a value.
 
