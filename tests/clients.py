@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from typing import ClassVar
 
 import psycopg
 
@@ -63,6 +64,8 @@ class Client:
     """One session of an application. Opens a transaction with the first write after `begin`, else commits each."""
 
     _numbers = count(1)
+    # Which record each token was written to.
+    records: ClassVar[dict[str, Record]] = {}
 
     def __init__(
         self, node: Node, done: Effects, lock_timeout_seconds: float, unsure: Effects | None = None
@@ -108,6 +111,7 @@ class Client:
 
         def insert(effects: Effects) -> None:
             token = self._token()
+            self.records[token] = table, key
             values: dict[str, object] = {"id": key, "history": [token]}
             if table in PARENTS:
                 values[PARENTS[table][0]] = parent
@@ -176,6 +180,7 @@ class Client:
                     tokens,
                 )
                 effects.written.update(tokens)
+                self.records.update(zip(tokens, ((table, key) for key in circle), strict=True))
                 return
             self._write(effects, table, circle[0], column, self._token())
             for key, value in reversed(list(zip(circle, values, strict=True))):
@@ -260,12 +265,35 @@ class Client:
         )
         if done.rowcount:
             effects.written.add(token)
+            self.records[token] = table, key
 
     def _token(self) -> str:
         return f"{self.node.name}-{next(self._numbers)}"
 
     def _execute(self, statement: str, *args: object) -> psycopg.Cursor[Row]:
         return self._connection.execute(statement.encode(), args or None)
+
+
+def _told(pair: Pair, tokens: set[str]) -> str:
+    """What both nodes know of the records that were written."""
+    lines = []
+    for token in sorted(tokens):
+        table, key = Client.records[token]
+        lines.append(f"{token} to {table} {key}")
+        for node in pair.nodes:
+            lines += [
+                f"{node.name}: {row}"
+                for row in [
+                    *node.rows(f"select * from {table} where id = %s", key),
+                    *node.rows(
+                        "select * from sync.sync_conflicts "
+                        "where table_name = %s and record_id = %s order by id",
+                        table,
+                        str(key),
+                    ),
+                ]
+            ]
+    return "\n".join(lines)
 
 
 def assert_nothing_is_lost(pair: Pair, done: Effects, unsure: Effects | None = None) -> None:
@@ -295,7 +323,7 @@ def assert_nothing_is_lost(pair: Pair, done: Effects, unsure: Effects | None = N
         token for one in (done, unsure) for tokens in one.removed.values() for token in tokens
     }
     lost = done.written - present - logged - removed
-    assert not lost, f"lost writes: {sorted(lost)}"
+    assert not lost, f"lost writes: {_told(pair, lost)}"
     invented = present - done.written - unsure.written
     assert not invented, f"writes that nobody committed: {sorted(invented)}"
     explained = {(table, int(key)) for (table, key, *_), _ in log}
