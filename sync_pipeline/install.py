@@ -137,16 +137,16 @@ def _identity_steps(
             continue
         statements = identity.confirmation(config, node, connections[node])
         steps += [Step(node, statement) for statement in statements]
-    # Beside a node that is installed anew, as beside one that is confirmed to lack commits.
-    is_new = len(installed) < len(config.nodes)
-    if not is_new:
+    # What the nodes know of each other's batches is void beside one that is installed anew or lacks commits.
+    forgets = len(installed) < len(config.nodes)
+    if not forgets:
         try:
             identity.require_commits(config, connections)
         except WrongDatabase:
             if not confirm:
                 raise
-            is_new = True
-    if is_new:
+            forgets = True
+    if forgets:
         statement = queries.get("forget_peer", config.schema_name).decode()
         steps += [Step(node, statement) for node in installed]
     return steps
