@@ -212,8 +212,8 @@ class Parents:
         refused = self.companions.unreadable.union(
             (failure.table_name, failure.record_id) for failure in self.failures
         )
-        for key in applier.catalog.relation(self.target, child).foreign_keys:
-            if key.parent == table and self.config.table(child).sends(self.target):
+        for named, key in self._children(table):
+            if named == child and self.config.table(child).sends(self.target):
                 self._connection.execute(
                     parent.mark_children(
                         applier.statements(child),
@@ -223,7 +223,7 @@ class Parents:
                     ),
                     {
                         "numbers": numbers,
-                        "refused": [rid for named, rid in refused if named == child],
+                        "refused": [rid for name, rid in refused if name == child],
                     },
                 )
         self.kept[table] = self.kept.get(table, 0) + len(kept)
