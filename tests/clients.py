@@ -200,7 +200,7 @@ class Client:
         """Delete a record with everything below it."""
 
         def delete(effects: Effects) -> None:
-            below = list(self._below(table, [key]))
+            below = list(self._below(table, "id", [key]))
             if not below:
                 # Somebody may insert it now, and then it would be deleted unseen.
                 return
@@ -243,17 +243,17 @@ class Client:
                 self._unsure.add(effects)
             raise
 
-    def _below(self, table: str, keys: list[int]) -> Iterator[tuple[Record, list[str]]]:
+    def _below(
+        self, table: str, column: str, values: list[int]
+    ) -> Iterator[tuple[Record, list[str]]]:
+        # By the reference to the parent, which is locked: who waits here for a child may find it with another key.
         rows = self._execute(
-            f"select id, history from {table} where id = any (%s) for update", keys
+            f"select id, history from {table} where {column} = any (%s) for update", values
         ).fetchall()
         yield from (((table, key), history) for key, history in rows)
-        for child, (column, parent) in PARENTS.items():
+        for child, (reference, parent) in PARENTS.items():
             if parent == table and rows:
-                found = self._execute(
-                    f"select id from {child} where {column} = any (%s)", [key for key, _ in rows]
-                ).fetchall()
-                yield from self._below(child, [key for (key,) in found])
+                yield from self._below(child, reference, [key for key, _ in rows])
 
     def _write(self, effects: Effects, table: str, key: int, column: str, value: object) -> None:
         token = self._token()
