@@ -24,6 +24,7 @@ from sync_pipeline.statements import Expected, TableStatements
 
 ERROR_LENGTH = 500
 IDLE_BATCHES = 50
+FEW_RECORDS = 100
 Phase = Literal["upsert", "delete"]
 
 
@@ -156,8 +157,7 @@ class Applier:
         row: Any = self.connection.execute(
             sql.SQL("select {}").format(
                 sql.SQL(", ").join(found.format(stage=self.statements(t).stage) for t in tables)
-            ),
-            prepare=False,
+            )
         ).fetchone()
         self._work = {
             "upsert": {table for table, present in zip(tables, row[::2], strict=True) if present},
@@ -182,7 +182,8 @@ class Applier:
         row = self.connection.execute(
             self._statement(step, of_all=span is None),
             {"first": first, "last": last},
-            prepare=False,
+            # To plan a statement takes longer than to write a few records; for many, the plan must fit their number.
+            prepare=None if last - first < FEW_RECORDS else False,
         ).fetchone()
         for table, written in zip(step.tables, row or (), strict=True):
             entry = counts.setdefault(table, Counts())

@@ -126,6 +126,10 @@ class Link:
             for side in self.sides.values():
                 for connection in side.connections:
                     connection.execute("discard temp")
+        for side in self.sides.values():
+            for connection in side.connections:
+                # A plan that was made for an empty table must not outlive it, should nobody analyse the table.
+                connection.execute("discard plans")
         self.revive()
         for side in self.sides.values():
             # An event inserted by hand can have any id: now and then a look goes below the floor.

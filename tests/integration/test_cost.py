@@ -521,6 +521,58 @@ def test_the_rows_of_a_batch_are_looked_up_together(pair: Pair, link: Link) -> N
     assert all(now - then < FEW for then, now in zip(before, after, strict=True))
 
 
+def test_few_records_are_written_by_a_plan_that_is_kept_and_many_by_one_of_their_own(
+    pair: Pair, warm_link: Link
+) -> None:
+    kept = (
+        b"select sum(generic_plans), sum(generic_plans + custom_plans) "
+        b"from pg_prepared_statements where statement ~ 'updated_0'"
+    )
+    writer = warm_link.sides["billing"].writer
+
+    def plans() -> list[int]:
+        [row] = writer.execute(kept).fetchall()
+        return list(row)
+
+    for number in range(PASSES_UNTIL_PREPARED):
+        rename(pair.crm, 1, f"few {number}")
+        consume(warm_link)
+    generic, all_plans = plans()
+    rename(pair.crm, 1, "few")
+    consume(warm_link)
+    assert plans() == [generic + 1, all_plans + 1]
+    rename(pair.crm, BATCH, "many")
+    consume(warm_link)
+    assert plans() == [generic + 1, all_plans + 1]
+    assert equal(pair, ("accounts",))
+
+
+def test_a_plan_for_a_small_table_is_given_up_when_the_catalog_is_read_again(
+    pair: Pair, warm_link: Link
+) -> None:
+    """Nobody analyses the table again, so nothing else would tell the plan that it has grown."""
+    scans = "select seq_tup_read from pg_stat_user_tables where relid = 'users'::regclass"
+    pair.billing.execute("alter table users set (autovacuum_enabled = off)")
+    pair.crm.execute("insert into users (id, account_id, email) values (0, 1, 'first')")
+    consume(warm_link)
+    pair.billing.execute("analyze users")
+    for number in range(2 * PASSES_UNTIL_PREPARED):
+        pair.crm.execute("update users set name = %s where id = 0", str(number))
+        consume(warm_link)
+    many = "insert into users (id, account_id, email) select i, 1, i::text from generate_series(1, 20000) as i"
+    for node in pair.nodes:
+        node.execute(f"begin; set local session_replication_role = replica; {many}; commit")
+
+    warm_link.read_catalog()
+    written(pair.billing, warm_link, "users")
+    before = pair.billing.value(scans)
+    pair.crm.execute("update users set name = 'last' where id = 7")
+    consume(warm_link)
+    written(pair.billing, warm_link, "users")
+    assert pair.billing.value(scans) == before
+    assert equal(pair, ("accounts", "users"))
+
+
 def _rows_handled(plan: dict[str, Any]) -> int:
     """How many rows the nodes of a plan have returned or dropped."""
     own = sum(
