@@ -1201,6 +1201,27 @@ where reference.contype = 'f'
     and (child.oid is null) <> (parent.oid is null)
 order by reference.conname
 
+-- name: examine_following_keys
+-- Foreign keys between synced tables whose children follow an update of the parent.
+select
+    reference.conname as name,
+    reference.conrelid::bigint as child_oid,
+    reference.confrelid::bigint as parent_oid,
+    array(
+        select attribute.attname::text from pg_catalog.pg_attribute as attribute
+        where attribute.attrelid = reference.conrelid and attribute.attnum = any (reference.conkey)
+    ) as columns,
+    array(
+        select attribute.attname::text from pg_catalog.pg_attribute as attribute
+        where attribute.attrelid = reference.confrelid and attribute.attnum = any (reference.confkey)
+    ) as parent_columns
+from pg_catalog.pg_constraint as reference
+where reference.contype = 'f'
+    and reference.confupdtype = 'c'
+    and reference.conrelid = any (%(oids)s::oid[])
+    and reference.confrelid = any (%(oids)s::oid[])
+order by reference.conname
+
 -- name: read_sequences
 -- The sequences that give columns of some tables their values: owned, of an identity, or named in a default.
 with used as (

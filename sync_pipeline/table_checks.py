@@ -38,6 +38,8 @@ def examine(
         for row in rows:
             if broken.isdisjoint((row["child"], row["parent"])):
                 yield _foreign_key(relations, row)
+        for row in _rows(connection, "examine_following_keys", config.schema_name, list(relations)):
+            yield from _following_key(config, relations, row)
     yield from _types(config, connections, found)
     yield from _sequences(config, connections, found)
 
@@ -220,6 +222,30 @@ def _foreign_key(relations: Mapping[int, Relation], row: dict[str, Any]) -> Find
         f"refer to the record by {row['name']}",
         f"sync {row['child']} too, or delete its rows before",
     )
+
+
+def _following_key(
+    config: Config, relations: Mapping[int, Relation], row: dict[str, Any]
+) -> Iterator[Finding]:
+    child, parent = relations[row["child_oid"]], relations[row["parent_oid"]]
+    followed = row["parent_columns"]
+    if (
+        all(config.table(child.table).sends(node.name) for node in config.nodes)
+        and not _key_columns(child).isdisjoint(row["columns"])
+        and _key_columns(parent) != set(followed)
+    ):
+        yield _finding(
+            "warning",
+            "foreign_key",
+            child,
+            f"by {row['name']} its key follows {', '.join(followed)} of {_shown(parent)}, which is not the key there: "
+            "of two children that both nodes add while that value changes, one can be lost, and is not in the log",
+            "give the table a key of its own, or let only one node send it",
+        )
+
+
+def _key_columns(relation: Relation) -> set[str]:
+    return {relation.columns[field].name for field in relation.key}
 
 
 def _types(

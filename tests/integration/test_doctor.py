@@ -324,6 +324,26 @@ def test_each_shape_of_a_table_that_can_hurt_is_named_with_its_remedy(pair: Pair
     assert {f.check for f in found} == {check for _, (_, check, _, _) in SHAPES.values()}
 
 
+def test_a_key_that_follows_a_value_which_is_no_key_is_a_warning(pair: Pair) -> None:
+    on_both(
+        pair,
+        """create table people (id int primary key, code text not null unique);
+        create table badges (code text primary key references people (code) on update cascade);
+        create table visits (id int primary key, code text references people (code) on update cascade);
+        create table homes (person int primary key references people on update cascade)""",
+    )
+    configure(pair, "people", "badges", "visits", "homes")
+    installed(pair)
+
+    found = findings(pair)
+
+    assert {(f.level, f.check, f.table) for f in found} == {("warning", "foreign_key", "badges")}
+    assert "follows code of public.people, which is not the key there" in found[0].message
+    assert "a key of its own" in found[0].remedy
+    configure(pair, "people", {"name": "badges", "source": "crm"}, "visits", "homes")
+    assert findings(pair, "foreign_key") == []
+
+
 def test_the_default_of_a_domain_is_one(pair: Pair) -> None:
     on_both(
         pair,
