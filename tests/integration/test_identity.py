@@ -2,17 +2,19 @@
 
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 
 import psycopg
 import pytest
 
-from sync_pipeline import doctor
+from sync_pipeline import doctor, identity
 from sync_pipeline.config import load
+from sync_pipeline.database import connected
 from sync_pipeline.errors import NotInstalled, WrongDatabase
 from tests.engine import config_of, confirm, equal, installed, sync_pair
-from tests.helpers import Cluster, Node, Pair, write_config
+from tests.helpers import Cluster, Node, Pair, eventually, write_config
 
 
 def refused(pair: Pair, match: str, *, is_installed: bool = True) -> None:
@@ -130,6 +132,27 @@ def test_a_node_that_is_installed_anew_has_lost_nothing(pair: Pair) -> None:
     sync_pair(pair)
     assert equal(pair)
     assert doctor.examine(config) == []
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_batches_of_a_consumer_that_is_at_work_are_no_lost_commits(pair: Pair, number: int) -> None:
+    config = installed(pair)
+    held, other = pair.nodes[number], pair.nodes[1 - number]
+    with (
+        connected(config.first, config, "install") as one,
+        connected(config.second, config, "install") as two,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        # As a pass does it, while the node that is asked last has not answered yet.
+        with held.connection.transaction():
+            held.execute("lock table sync.sync_node in access exclusive mode")
+            asking = pool.submit(identity.require_commits, config, {"crm": one, "billing": two})
+            eventually(
+                "waits", lambda: held.value("select count(*) from pg_locks where not granted")
+            )
+            other.execute("update sync.sync_node set acknowledged_batch = 1")
+            held.execute("update sync.sync_node set applied_batch = 1, forgotten_batch = 1")
+        asking.result()
 
 
 def test_a_server_that_keeps_its_identifier_to_itself_is_told_by_the_database_alone(
