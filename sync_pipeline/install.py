@@ -253,7 +253,7 @@ def _missing_capture(
     elif present[wanted.function] != wanted.body:
         missing.append(f"function {config.schema_name}.{wanted.function} is out of date")
     for (schema, table), triggers in wanted.triggers.items():
-        states = _trigger_states(connection, schema, table)
+        states = _trigger_states(connection, config.schema_name, wanted.function, schema, table)
         for trigger in triggers:
             if trigger.name not in states:
                 missing.append(f"trigger {trigger.name} on {schema}.{table} is missing")
@@ -284,7 +284,7 @@ def _missing(
         if functions.get(wanted.function) != wanted.body:
             objects.append(Step(node, wanted.create_function))
         for name, each in wanted.triggers.items():
-            states = _trigger_states(connection, *name)
+            states = _trigger_states(connection, schema, wanted.function, *name)
             steps = [Step(node, trigger.create) for trigger in each if trigger.name not in states]
             triggers += steps
             tables += [name] if steps else []
@@ -525,11 +525,16 @@ def _functions(connection: Connection, schema: str) -> dict[str, str]:
     return dict(rows.fetchall())
 
 
-def _trigger_states(connection: Connection, schema: str, table: str) -> dict[str, str]:
+def _trigger_states(
+    connection: Connection, own_schema: str, function: str, schema: str, table: str
+) -> dict[str, str]:
+    """Return the triggers of a table that call a capture function. Those of a renamed one may call another's."""
     rows = connection.execute(
-        "select tgname, tgenabled from pg_catalog.pg_trigger "
-        "where tgrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) and not tgisinternal",
-        [schema, table],
+        "select trigger.tgname, trigger.tgenabled from pg_catalog.pg_trigger as trigger "
+        "join pg_catalog.pg_proc as called on called.oid = trigger.tgfoid "
+        "where called.pronamespace = to_regnamespace(quote_ident(%s)) and called.proname = %s "
+        "and trigger.tgrelid = to_regclass(format('%%I.%%I', %s::text, %s::text)) and not trigger.tgisinternal",
+        [own_schema, function, schema, table],
     )
     return dict(rows.fetchall())
 

@@ -4,12 +4,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sync_pipeline import install
+from sync_pipeline import doctor, install
 from sync_pipeline.config import Config
 from sync_pipeline.database import connected
 from sync_pipeline.errors import CatalogMismatch, PassInterrupted, SyncPipelineError
 from tests.engine import config_of, equal, installed, sync_pair
-from tests.helpers import Pair
+from tests.helpers import Pair, write_config
 
 
 def run_install(config: Config) -> int:
@@ -157,3 +157,43 @@ def test_a_trigger_function_of_somebody_else_in_the_schema_survives_installing(p
     )
     assert run_install(config_of(pair)) == 0
     assert pair.crm.value("select to_regprocedure('sync.stamp()') is not null")
+
+
+def test_a_table_that_is_renamed_in_the_configuration_too_is_captured_after_installing(
+    pair: Pair,
+) -> None:
+    installed(pair)
+    for node in pair.nodes:
+        node.execute("alter table orders rename to purchases")
+    write_config(pair.config_path, ["accounts", "users", "purchases"])
+    config = installed(pair)
+    assert run_install(config) == 0
+    for number, node in enumerate(pair.nodes):
+        node.execute("insert into accounts values (%s, 'one')", number)
+        node.execute("insert into users values (%s, %s, %s)", number, number, node.name)
+        node.execute("insert into purchases values (%s, %s, 10)", number, number)
+    sync_pair(pair)
+    assert equal(pair, ("accounts", "users", "purchases"))
+
+
+def test_tables_that_have_exchanged_their_names_are_captured_under_the_new_ones(
+    pair: Pair,
+) -> None:
+    for node in pair.nodes:
+        node.execute("create table blue (id int primary key, word text)")
+        node.execute("create table green (like blue including all)")
+    write_config(pair.config_path, ["blue", "green"])
+    config = installed(pair)
+    for node in pair.nodes:
+        node.execute("alter table blue rename to other")
+        node.execute("alter table green rename to blue; alter table other rename to green")
+    found = [f for f in doctor.examine(config) if f.level == "error"]
+    assert {(f.check, f.node, f.table) for f in found} == {
+        ("capture", node.name, table) for node in pair.nodes for table in ("blue", "green")
+    }
+    assert run_install(config) > 0
+    pair.crm.execute("insert into blue values (1, 'blue')")
+    pair.billing.execute("insert into green values (2, 'green')")
+    sync_pair(pair)
+    assert equal(pair, ("blue", "green"))
+    assert doctor.examine(config) == []
