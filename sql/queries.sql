@@ -8,7 +8,10 @@ select
     namespace.nspname as schema_name,
     class.relname as table_name,
     class.relkind::text as kind,
-    class.relnatts::integer as width,
+    -- As in `read_moment`.
+    pg_catalog.concat_ws(' ', class.relnamespace, class.relname, class.relnatts, (
+        select max(trigger.oid) from pg_catalog.pg_trigger as trigger where trigger.tgrelid = class.oid
+    )) as shape,
     class.relrowsecurity
         and (class.relforcerowsecurity or not pg_catalog.pg_has_role(class.relowner, 'usage'))
         and not (select rolbypassrls or rolsuper from pg_catalog.pg_roles where rolname = current_user)
@@ -427,29 +430,39 @@ where datname = pg_catalog.current_database()
 
 -- name: read_moment
 -- The node's clock, to bound which events a batch of the ledger may match; is any failure due; what had ended by then;
--- how many columns some tables had ever had.
+-- the shapes of some tables: what changes with their names, with a new column, with a new foreign key.
 select
     pg_catalog.clock_timestamp() as read_at,
     coalesce((select min(next_attempt_at) from {schema}.sync_failures) <= pg_catalog.clock_timestamp(), false)
         as failures_are_due,
     pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint as oldest_running,
     array(
-        select class.relnatts::integer
+        select pg_catalog.concat_ws(' ', class.relnamespace, class.relname, class.relnatts, newest.oid)
         from unnest(%(tables)s::oid[]) with ordinality as asked (oid, position)
         left join pg_catalog.pg_class as class on class.oid = asked.oid
+        left join (
+            select tgrelid, max(oid) as oid from pg_catalog.pg_trigger
+            where tgrelid = any (%(tables)s::oid[])
+            group by tgrelid
+        ) as newest on newest.tgrelid = asked.oid
         order by asked.position
-    ) as widths
+    ) as shapes
 
 -- name: begin_batch
--- Settings of the transaction; the node's clock; how many columns some tables have ever had; is the node paused.
+-- Settings of the transaction; the node's clock; the shapes of some tables, as in `read_moment`; is the node paused.
 select
     pg_catalog.set_config(%(applying)s, %(schema)s, true),
     pg_catalog.set_config('synchronous_commit', 'off', true),
     pg_catalog.clock_timestamp(),
     array(
-        select class.relnatts::integer
+        select pg_catalog.concat_ws(' ', class.relnamespace, class.relname, class.relnatts, newest.oid)
         from unnest(%(tables)s::oid[]) with ordinality as asked (oid, position)
         left join pg_catalog.pg_class as class on class.oid = asked.oid
+        left join (
+            select tgrelid, max(oid) as oid from pg_catalog.pg_trigger
+            where tgrelid = any (%(tables)s::oid[])
+            group by tgrelid
+        ) as newest on newest.tgrelid = asked.oid
         order by asked.position
     ),
     exists (select from {schema}.sync_node where paused_at is not null)

@@ -18,7 +18,7 @@ from sync_pipeline.errors import PassInterrupted
 from sync_pipeline.outbox import Outcome
 from sync_pipeline.parents import ChildrenLeftError, Parents
 from sync_pipeline.records import Counts, Failure
-from sync_pipeline.snapshot import Change, Intake, Part, Snapshot, require_widths
+from sync_pipeline.snapshot import Change, Intake, Part, Snapshot, require_shapes
 from sync_pipeline.waiting import Dirty, Waiting
 
 MAX_ROUNDS = 8
@@ -115,7 +115,7 @@ class Batch:
         if row is None:
             raise AssertionError("a query without a table returned no row")
         self.clock.clock = row[2]
-        require_widths(relations, row[3])
+        require_shapes(relations, row[3])
         self.is_paused = row[4]
         for part in self.intake.parts:
             self.applier.stage(part)

@@ -192,7 +192,7 @@ def _relations(
             foreign_keys=(),
             partitions=tuple((schema, name) for schema, name in row["partitions"]),
             where=table.where(node),
-            width=row["width"],
+            shape=row["shape"],
             missing_fields=missing[node],
             uncarried=_uncarried(table, node, row),
         )

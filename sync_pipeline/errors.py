@@ -146,11 +146,11 @@ class PassInterrupted(SyncPipelineError):
     """Retry after a backoff: a transient error ended the pass; it cost no record an attempt."""
 
 
-class ColumnsAdded(PassInterrupted):
-    """Read the catalogs again: a table has columns that nobody knew when they were read."""
+class TableAltered(PassInterrupted):
+    """Read the catalogs again: a table is not what it was when they were read."""
 
-    def __init__(self, *, node: str) -> None:
-        super().__init__("a column was added to a synced table", node=node)
+    def __init__(self, table: str, *, node: str) -> None:
+        super().__init__(f"{table} was altered, renamed or replaced", node=node)
 
 
 def _line(where: Sequence[str | None], problem: str, remedy: str | None) -> str:

@@ -18,7 +18,7 @@ import psycopg
 from sync_pipeline import clocks, ledger, outbox, snapshot
 from sync_pipeline.batch import Batch
 from sync_pipeline.database import error_class, in_words, node_of
-from sync_pipeline.errors import CatalogMismatch, ColumnsAdded, PassInterrupted
+from sync_pipeline.errors import CatalogMismatch, PassInterrupted, TableAltered
 from sync_pipeline.link import Link
 from sync_pipeline.records import DirectionReport
 from sync_pipeline.snapshot import Intake, ReadFailed, Snapshot
@@ -353,7 +353,7 @@ def run(link: Link) -> list[DirectionReport]:
                 continue
             try:
                 reports.append(_direction(link, source.name, target.name))
-            except ColumnsAdded:
+            except TableAltered:
                 link.read_catalog()
                 reports.append(_direction(link, source.name, target.name))
         if reports and reports[-1].paused:

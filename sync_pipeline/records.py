@@ -121,8 +121,8 @@ class Relation:
     foreign_keys: tuple[ForeignKey, ...]
     partitions: tuple[tuple[str, str], ...]
     where: str | None
-    # How many columns the table has ever had: one more when one is added.
-    width: int
+    # Another one when the table was renamed or dropped since, or got a column or a foreign key.
+    shape: str
     missing_fields: tuple[str, ...] = ()
     # Columns that are never carried, whatever the other node has: excluded or generated ones.
     uncarried: tuple[str, ...] = ()
@@ -152,13 +152,13 @@ class Relation:
 class Moment:
     """When a snapshot was taken: the node's clock; all transactions before `oldest_running` had ended.
 
-    `widths` tells of each synced table how many columns it had ever had; None where it is gone.
+    `shapes` are those of the synced tables, in the order in which they were asked for.
     """
 
     read_at: datetime
     failures_are_due: bool
     oldest_running: int
-    widths: list[int | None]
+    shapes: list[str]
 
 
 @dataclass(slots=True)

@@ -27,7 +27,7 @@ from sync_pipeline.database import (
     scalar,
     server_encoding,
 )
-from sync_pipeline.errors import ColumnsAdded, PassInterrupted
+from sync_pipeline.errors import PassInterrupted, TableAltered
 from sync_pipeline.records import Moment, Relation
 
 ROWS_IN_MEMORY_BYTES = 8 * 1024 * 1024
@@ -426,7 +426,7 @@ def count(ids: str) -> int:
 def opened(
     connection: Connection, schema: str, relations: Mapping[str, Relation]
 ) -> Iterator[Snapshot]:
-    """Hold one REPEATABLE READ READ ONLY transaction on the source for a `with` block. Raises `ColumnsAdded`."""
+    """Hold one REPEATABLE READ READ ONLY transaction on the source for a `with` block. Raises `TableAltered`."""
     connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
     connection.read_only = True
     with connection.transaction():
@@ -437,17 +437,17 @@ def opened(
             ).fetchone()
         if moment is None:
             raise AssertionError("a query without a table returned no row")
-        require_widths(relations.values(), moment.widths)
+        require_shapes(relations.values(), moment.shapes)
         read.clock = moment.read_at
         connection.execute("savepoint opened")
         yield Snapshot(connection, schema, relations, moment, read)
 
 
-def require_widths(relations: Iterable[Relation], widths: Sequence[int | None]) -> None:
-    """Raise `ColumnsAdded` where a table has columns now that it had not when the catalogs were read."""
-    for relation, width in zip(relations, widths, strict=True):
-        if width is not None and width > relation.width:
-            raise ColumnsAdded(node=relation.node)
+def require_shapes(relations: Iterable[Relation], shapes: Sequence[str]) -> None:
+    """Raise `TableAltered` where a table has another shape than when the catalogs were read."""
+    for relation, shape in zip(relations, shapes, strict=True):
+        if shape != relation.shape:
+            raise TableAltered(relation.table, node=relation.node)
 
 
 @lru_cache(maxsize=1024)
