@@ -185,6 +185,8 @@ class Log:
         self._print = show.complain if to_stderr else show.say
         self._standing_by = False
         self._warned: set[str] = set()
+        # What the schemas kept from being synced when they were last read.
+        self._is_left_out: set[str] = set()
 
     def listener(self) -> Listener:
         """Return what the loop tells."""
@@ -206,8 +208,12 @@ class Log:
         self._left_out(link.catalog.warnings)
 
     def _left_out(self, warnings: Iterable[str]) -> None:
-        for text in self._new(warnings):
-            self._write("left_out", text, reason=text)
+        """Say what was not left out the last time: once, and again where it comes back after it was mended."""
+        now = dict.fromkeys(warnings)
+        for text in now:
+            if text not in self._is_left_out:
+                self._write("left_out", text, reason=text)
+        self._is_left_out = set(now)
 
     def _new(self, warnings: Iterable[str]) -> list[str]:
         """Return the warnings that were not said yet; each is said once."""
@@ -231,7 +237,8 @@ class Log:
 
     def passed(self, reports: list[DirectionReport]) -> None:
         """A pass has ended; one that did nothing is not mentioned."""
-        self._left_out(warning for report in reports for warning in report.warnings)
+        if reports:
+            self._left_out(warning for report in reports for warning in report.warnings)
         for text in self._new(each.clock_warning for each in reports if each.clock_warning):
             self._write("clocks", text, reason=text)
         worth = [report for report in reports if report.did_something or report.recovered]

@@ -11,6 +11,7 @@ import pytest
 
 from sync_pipeline.cli.run import Log, LogFormat
 from sync_pipeline.errors import LockTaken
+from sync_pipeline.records import DirectionReport
 from tests.engine import config_of, equal, installed
 from tests.helpers import Pair, eventually
 from tests.program import answer, line_with, refused, run, running, stop, succeed
@@ -123,6 +124,18 @@ def test_standing_by_is_said_once_until_it_leads_again(
         *("standing by: crm: another consumer leads", "leading crm and billing"),
         *("standing by: crm: another consumer leads", "leading crm and billing"),
     ]
+
+
+def test_a_table_that_is_left_out_once_more_is_told_once_more(
+    link: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = Log(config_of(link), LogFormat.text, to_stderr=False)
+    for warnings in (["no orders"], ["no orders"], [], ["no orders"]):
+        report = DirectionReport("crm", "billing", warnings=warnings)
+        log.passed([report])
+        log.passed([])
+    said = [line.split(" ", 2)[2] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["no orders", "no orders"]
 
 
 def test_a_second_signal_ends_a_stream_at_once(link: Pair) -> None:
