@@ -16,6 +16,21 @@ select
         and (class.relforcerowsecurity or not pg_catalog.pg_has_role(class.relowner, 'usage'))
         and not (select rolbypassrls or rolsuper from pg_catalog.pg_roles where rolname = current_user)
         as row_security,
+    (
+        select array_agg(needed.privilege order by needed.position)
+        from unnest(array['select', 'insert', 'update', 'delete']) with ordinality as needed (privilege, position)
+        where not case when needed.privilege = 'delete' then pg_catalog.has_table_privilege(class.oid, 'delete')
+            else pg_catalog.has_any_column_privilege(class.oid, needed.privilege) end
+    ) as lacking,
+    -- Enabled triggers of the pipeline, on the table and its partitions.
+    (
+        select count(*)
+        from pg_catalog.pg_trigger as trigger
+        join pg_catalog.pg_proc as function on function.oid = trigger.tgfoid
+        where trigger.tgrelid in (select class.oid union select relid from pg_catalog.pg_partition_tree(class.oid))
+            and function.pronamespace = pg_catalog.to_regnamespace(pg_catalog.quote_ident(%(own_schema)s))
+            and function.proname = asked.function_name and trigger.tgenabled in ('O', 'A')
+    ) as captures,
     exists (
         select from pg_catalog.pg_inherits as inherited
         where inherited.inhrelid = class.oid or (inherited.inhparent = class.oid and class.relkind = 'r')
@@ -147,7 +162,8 @@ select
         join pg_catalog.pg_namespace as part_namespace on part_namespace.oid = part_class.relnamespace
         where tree.relid <> class.oid
     ) as partitions
-from unnest(%(schemas)s::text[], %(names)s::text[]) with ordinality as asked (schema_name, table_name, position)
+from unnest(%(schemas)s::text[], %(names)s::text[], %(functions)s::text[])
+    with ordinality as asked (schema_name, table_name, function_name, position)
 left join pg_catalog.pg_class as class
     on class.oid = pg_catalog.to_regclass(
         coalesce(pg_catalog.quote_ident(asked.schema_name) || '.', '') || pg_catalog.quote_ident(asked.table_name)

@@ -17,6 +17,8 @@ from psycopg import sql
 from sync_pipeline.records import PLAIN_TYPES, SAME_WHEN_EQUAL, TEXT_SETTINGS, Relation
 
 APPLYING = "sync_pipeline.applying"
+# Each has a trigger.
+EVENTS = ("insert", "update", "delete", "truncate")
 
 _ONE_TEXT = SAME_WHEN_EQUAL | {"numeric", "bpchar", "real", "double precision"}
 _COMPARABLE_TYPES = PLAIN_TYPES | SAME_WHEN_EQUAL | {"real", "double precision"}
@@ -184,9 +186,7 @@ def compose(relation: Relation, schema: str) -> Capture:
 
 def trigger_names(schema: str) -> tuple[str, ...]:
     """Return the names of the four triggers of a link, as a table has them."""
-    return tuple(
-        _short(f"{schema}_capture_{event}") for event in ("insert", "update", "delete", "truncate")
-    )
+    return tuple(_short(f"{schema}_capture_{event}") for event in EVENTS)
 
 
 def _triggers(

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 from psycopg.rows import dict_row
 
-from sync_pipeline import conditions, queries
+from sync_pipeline import capture, conditions, queries
 from sync_pipeline.config import Config, FrozenMap, TableConfig
 from sync_pipeline.database import Connection, query
-from sync_pipeline.errors import CatalogMismatch, ConditionRefused, TableMissing
-from sync_pipeline.records import Column, ForeignKey, Relation
+from sync_pipeline.errors import CatalogMismatch, ConditionRefused, RightsLacking, TableMissing
+from sync_pipeline.records import Column, ForeignKey, Relation, spelled
 
 _TABLE_KINDS = {"r", "p"}
 
@@ -52,9 +52,11 @@ def read(
     """Read both catalogs, one query each. Raises `CatalogMismatch` for the first table that cannot be synced.
 
     Columns that only one side has are left out with a warning; with `strict` (install, doctor) they are an error.
-    Tables with a problem of the kind to `forgive` are left out as well, unless that is every table.
+    Tables with a problem of the kind to `forgive` are left out as well, unless that is every table. A consumer forgives
+    some kind: for it alone, a table that its role may not read and write is a problem, and one that is not captured a
+    warning.
     """
-    catalog, problems = inspect(config, connections, strict=strict)
+    catalog, problems = inspect(config, connections, strict=strict, consuming=forgive is not None)
     fatal = [each for each in problems if forgive is None or not isinstance(each, forgive)]
     if problems and (fatal or not catalog.tables):
         raise (fatal or problems)[0]
@@ -66,7 +68,11 @@ def read(
 
 
 def inspect(
-    config: Config, connections: Mapping[str, Connection], *, strict: bool = True
+    config: Config,
+    connections: Mapping[str, Connection],
+    *,
+    strict: bool = True,
+    consuming: bool = False,
 ) -> tuple[Catalog, list[CatalogMismatch]]:
     """Like `read`, but return every problem found, with the catalog of the tables that have none."""
     with ThreadPoolExecutor(len(config.nodes)) as pool:
@@ -82,6 +88,10 @@ def inspect(
         found = {node.name: rows[node.name][index] for node in config.nodes}
         try:
             both = _relations(config, index, table, found, warnings, strict=strict)
+            if consuming:
+                for node, row in found.items():
+                    _require_rights(_Place(config, index, table.name, node), table, row)
+                    warnings += _uncaptured(table, node, row)
             for node, relation in both.items():
                 _check_condition(
                     _Place(config, index, table.name, node), connections[node], relation
@@ -116,7 +126,12 @@ def _rows(config: Config, node: str, connection: Connection) -> list[dict[str, A
     with connection.cursor(row_factory=dict_row) as cursor:
         return cursor.execute(
             query(queries.get("read_catalog", config.schema_name)),
-            {"schemas": [schema for schema, _ in names], "names": [name for _, name in names]},
+            {
+                "schemas": [schema for schema, _ in names],
+                "names": [name for _, name in names],
+                "own_schema": config.schema_name,
+                "functions": [capture.function_name(table.name) for table in config.tables],
+            },
         ).fetchall()
 
 
@@ -233,6 +248,27 @@ def _require_fit(table: TableConfig, node: str, row: dict[str, Any], place: "_Pl
         raise place.problem(
             f"PostgreSQL refuses what the pipeline writes to a table with a rule, such as {row['rule']}",
             "make a trigger of the rule",
+        )
+
+
+def _require_rights(place: "_Place", table: TableConfig, row: dict[str, Any]) -> None:
+    receives = table.sends(place.config.other(place.node or "").name)
+    lacking = [right for right in row["lacking"] or () if right == "select" or receives]
+    if lacking:
+        rights, shown = ", ".join(lacking), spelled(row["schema_name"], row["table_name"])
+        raise place.lacking(
+            f"the pipeline's role lacks the right to {rights} on {shown}",
+            f"grant {rights} on {shown} to it",
+        )
+
+
+def _uncaptured(table: TableConfig, node: str, row: dict[str, Any]) -> Iterable[str]:
+    shown = spelled(row["schema_name"], row["table_name"])
+    if table.sends(node) and row["captures"] < len(capture.EVENTS) * (1 + len(row["partitions"])):
+        where = f"{shown} or a partition of it" if row["partitions"] else shown
+        yield (
+            f"{table.name}: {node}: triggers on {where} are missing or disabled, so changes are not marked: "
+            f"run `sync-pipeline install`, then `doctor` and `verify {table.name}`"
         )
 
 
@@ -427,6 +463,9 @@ class _Place:
 
     def refused(self, text: str, remedy: str) -> ConditionRefused:
         return self._of(ConditionRefused, text, remedy)
+
+    def lacking(self, text: str, remedy: str) -> RightsLacking:
+        return self._of(RightsLacking, text, remedy)
 
     def problem(self, text: str, remedy: str) -> CatalogMismatch:
         return self._of(CatalogMismatch, text, remedy)

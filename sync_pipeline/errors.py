@@ -113,6 +113,10 @@ class ConditionRefused(TableMissing):
     """Correct a `where` in `sync.yaml`; a running pair leaves its table out meanwhile."""
 
 
+class RightsLacking(TableMissing):
+    """Grant them; a running pair leaves the table out meanwhile."""
+
+
 class ConnectionFailed(SyncPipelineError):
     """Wait and retry: a node cannot be reached or refuses us. Never contains a password."""
 

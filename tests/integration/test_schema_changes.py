@@ -586,3 +586,30 @@ def test_a_value_of_a_column_that_came_with_another_table_of_the_name_is_sent(
     passes.run(link)
 
     assert equal(pair)
+
+
+def test_a_consumer_says_that_a_table_is_not_captured(pair: Pair, link: Link) -> None:
+    assert link.catalog.warnings == ()
+    pair.crm.execute(
+        "create table copy (like orders including all); "
+        "alter table orders rename to old_orders; alter table copy rename to orders"
+    )
+    link.read_catalog()
+    [warning] = link.catalog.warnings
+    assert "orders: crm: triggers on public.orders are missing or disabled" in warning
+    assert "sync-pipeline install" in warning
+    installed(pair)
+    link.read_catalog()
+    assert link.catalog.warnings == ()
+
+
+@pytest.mark.parametrize("hidden", ["billing", "crm"])
+def test_a_partition_that_is_not_captured_is_told(pair: Pair, hidden: str) -> None:
+    for node in pair.nodes:
+        node.execute("create table readings (id int primary key) partition by range (id)")
+    write_config(pair.config_path, [{"name": "readings", "source": "crm"}])
+    with lead(installed(pair)) as link:
+        node = pair.crm if hidden == "crm" else pair.billing
+        node.execute("create table low partition of readings for values from (0) to (10)")
+        link.read_catalog()
+        assert any("a partition of it" in w for w in link.catalog.warnings) == (hidden == "crm")

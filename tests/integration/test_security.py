@@ -231,6 +231,27 @@ def test_an_error_class_of_the_applications_own_fails_its_record_alone(pair: Pai
     ]
 
 
+def test_a_table_whose_rights_are_lost_is_left_out_until_they_are_back(pair: Pair) -> None:
+    with separated(pair):
+        installed(pair_of(pair, OWNER))
+        config = config_of(pair_of(pair, CONSUMER))
+        pair.billing.execute(f"revoke insert on orders from {CONSUMER}")
+        pair.crm.insert("accounts", id=1, name="one")
+        pair.crm.insert("users", id=1, account_id=1, email="a@x.org")
+        pair.crm.insert("orders", id=1, user_id=1, amount=1)
+        with lead(config) as link:
+            passes.run(link)
+            assert equal(pair, ("accounts", "users"))
+            assert pair.crm.rows("select table_name from sync.sync_events") == [("orders",)]
+            [warning] = link.catalog.warnings
+            assert "billing" in warning
+            assert "grant insert on public.orders" in warning
+            pair.billing.execute(f"grant insert on orders to {CONSUMER}")
+            link.read_catalog()
+            passes.run(link)
+    assert equal(pair)
+
+
 # ---- conditions -------------------------------------------------------------------------------
 
 
