@@ -222,7 +222,8 @@ def _require_fit(table: TableConfig, node: str, row: dict[str, Any], place: "_Pl
         shown = ".".join(filter(None, table.relation(node)))
         raise place.missing(
             f"table {shown} does not exist",
-            f"create it, correct its name in {config.file}, or grant this role usage on its schema",
+            f"create it, give its new name as `{node}: {{table: …}}` in {config.file} (`name` stays: events that wait "
+            "have it), or grant this role usage on its schema",
         )
     shown = f"{row['schema_name']}.{row['table_name']}"
     if row["kind"] not in _TABLE_KINDS:

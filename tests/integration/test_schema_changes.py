@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from sync_pipeline import passes, stream
+from sync_pipeline import operate, passes, stream
 from sync_pipeline.errors import CatalogMismatch, PassInterrupted, TableMissing
 from sync_pipeline.link import Link, lead
 from sync_pipeline.passes import Pass
@@ -406,6 +406,9 @@ def test_a_table_renamed_on_both_sides_waits_for_its_new_name_and_applications_w
     passes.run(link)
     assert equal(pair, ("accounts", "users"))
     assert failures(pair.crm) == []
+    [warning] = link.catalog.warnings
+    assert "`crm: {table: …}`" in warning
+    assert "`name` stays" in warning
     for side in link.sides.values():
         side.writer.close()
     named = {node.name: {"table": "purchases"} for node in pair.nodes}
@@ -613,3 +616,20 @@ def test_a_partition_that_is_not_captured_is_told(pair: Pair, hidden: str) -> No
         node.execute("create table low partition of readings for values from (0) to (10)")
         link.read_catalog()
         assert any("a partition of it" in w for w in link.catalog.warnings) == (hidden == "crm")
+
+
+def test_columns_that_are_altered_while_the_link_is_paused_need_no_replay(
+    pair: Pair, link: Link
+) -> None:
+    pair.crm.execute("update accounts set plan = 'before'")
+    operate.pause(link.config, link.writers)
+    for number, node in enumerate(pair.nodes):
+        node.execute("alter table accounts rename column plan to tariff")
+        node.execute("alter table accounts add column city text")
+        node.insert("accounts", id=10 + number, name=node.name, tariff="large", city="Ulm")
+    operate.resume(link.config, link.writers)
+    link.read_catalog()
+    passes.run(link)
+
+    assert equal(pair)
+    assert pair.billing.value("select tariff from accounts where id = 1") == "before"
