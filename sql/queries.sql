@@ -31,6 +31,11 @@ select
             and function.pronamespace = pg_catalog.to_regnamespace(pg_catalog.quote_ident(%(own_schema)s))
             and function.proname = asked.function_name and trigger.tgenabled in ('O', 'A')
     ) as captures,
+    (
+        select function.prosrc from pg_catalog.pg_proc as function
+        where function.pronamespace = pg_catalog.to_regnamespace(pg_catalog.quote_ident(%(own_schema)s))
+            and function.proname = asked.function_name and function.pronargs = 0
+    ) as capture_body,
     exists (
         select from pg_catalog.pg_inherits as inherited
         where inherited.inhrelid = class.oid or (inherited.inhparent = class.oid and class.relkind = 'r')

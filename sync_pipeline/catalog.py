@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from graphlib import TopologicalSorter
 from typing import Any, TypeVar
 
@@ -91,7 +92,8 @@ def inspect(
             if consuming:
                 for node, row in found.items():
                     _require_rights(_Place(config, index, table.name, node), table, row)
-                    warnings += _uncaptured(table, node, row)
+                    if table.sends(node):
+                        warnings += _uncaptured(config, both[node], row)
             for node, relation in both.items():
                 _check_condition(
                     _Place(config, index, table.name, node), connections[node], relation
@@ -263,14 +265,24 @@ def _require_rights(place: "_Place", table: TableConfig, row: dict[str, Any]) ->
         )
 
 
-def _uncaptured(table: TableConfig, node: str, row: dict[str, Any]) -> Iterable[str]:
-    shown = spelled(row["schema_name"], row["table_name"])
-    if table.sends(node) and row["captures"] < len(capture.EVENTS) * (1 + len(row["partitions"])):
-        where = f"{shown} or a partition of it" if row["partitions"] else shown
+def _uncaptured(config: Config, relation: Relation, row: dict[str, Any]) -> Iterable[str]:
+    shown = spelled(relation.schema, relation.name)
+    problem = None
+    if row["captures"] < len(capture.EVENTS) * (1 + len(relation.partitions)):
+        where = f"{shown} or a partition of it" if relation.partitions else shown
+        problem = f"triggers on {where} are missing or disabled, so"
+    elif row["capture_body"] != _capture_body(relation, config.schema_name):
+        problem = f"triggers on {shown} are of another configuration or version, so some"
+    if problem is not None:
         yield (
-            f"{table.name}: {node}: triggers on {where} are missing or disabled, so changes are not marked: "
-            f"run `sync-pipeline install`, then `doctor` and `verify {table.name}`"
+            f"{relation.table}: {relation.node}: {problem} changes are not marked: "
+            f"run `sync-pipeline install`, then `doctor` and `verify {relation.table}`"
         )
+
+
+@lru_cache(maxsize=2048)
+def _capture_body(relation: Relation, schema: str) -> str:
+    return capture.compose(relation, schema).body
 
 
 def _check_condition(place: "_Place", connection: Connection, relation: Relation) -> None:

@@ -12,7 +12,7 @@ from sync_pipeline.link import Link, lead
 from sync_pipeline.passes import Pass
 from sync_pipeline.records import DirectionReport
 from sync_pipeline.stream import Listener
-from tests.engine import equal, installed, sync_pair
+from tests.engine import config_of, equal, installed, sync_pair
 from tests.helpers import TABLES, Node, Pair, write_config
 
 
@@ -592,7 +592,7 @@ def test_a_value_of_a_column_that_came_with_another_table_of_the_name_is_sent(
 
 
 def test_a_consumer_says_that_a_table_is_not_captured(pair: Pair, link: Link) -> None:
-    assert link.catalog.warnings == ()
+    assert list(link.catalog.warnings) == []
     pair.crm.execute(
         "create table copy (like orders including all); "
         "alter table orders rename to old_orders; alter table copy rename to orders"
@@ -603,7 +603,7 @@ def test_a_consumer_says_that_a_table_is_not_captured(pair: Pair, link: Link) ->
     assert "sync-pipeline install" in warning
     installed(pair)
     link.read_catalog()
-    assert link.catalog.warnings == ()
+    assert list(link.catalog.warnings) == []
 
 
 @pytest.mark.parametrize("hidden", ["billing", "crm"])
@@ -633,3 +633,16 @@ def test_columns_that_are_altered_while_the_link_is_paused_need_no_replay(
 
     assert equal(pair)
     assert pair.billing.value("select tariff from accounts where id = 1") == "before"
+
+
+def test_a_consumer_says_that_triggers_are_those_of_another_configuration(pair: Pair) -> None:
+    write_config(pair.config_path, [{"name": "accounts", "exclude": ["plan"]}])
+    installed(pair)
+    config = config_of(pair, write_config(pair.config_path, ["accounts"]))
+    with lead(config) as link:
+        assert [w.partition(" triggers")[0] for w in link.catalog.warnings] == [
+            *("accounts: crm:", "accounts: billing:")
+        ]
+        installed(pair)
+        link.read_catalog()
+        assert list(link.catalog.warnings) == []
