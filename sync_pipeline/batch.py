@@ -401,11 +401,13 @@ class Batch:
         if waiting:
             self.intake.leave(self._without(waiting))
         left_out: list[str] = []
-        for table in dict.fromkeys(part.table for part in self.intake.parts):
+        brought = self._brought_along()
+        for table in dict.fromkeys([*(part.table for part in self.intake.parts), *brought]):
             parts = self.intake.of([table])
             # A failure that waits stays one.
             away = set(self._parents.waiting.get(table, []))
             retried = [rid for part in parts for rid in part.retried if rid not in away]
+            retried += brought.get(table, [])
             failures = {f.record_id: f for f in self._failures if f.table_name == table}
             known = self._changes(table, list(failures)) if failures else {}
             failed = [failure for record_id, failure in failures.items() if record_id in known]
@@ -427,6 +429,23 @@ class Batch:
             self.snapshot.read_at,
         )
         self._count()
+
+    def _brought_along(self) -> dict[str, list[str]]:
+        """Return, by table, the records that were brought along without an event: a failure of theirs is over."""
+        numbers = {
+            table: [
+                number
+                for part in parts
+                if part.first_number > self._last_number and not part.first_id
+                for number in range(part.first_number, part.last_number + 1)
+            ]
+            for table, parts in self.applier.staged.items()
+        }
+        return {
+            table: list(self.applier.record_ids(table, mine).values())
+            for table, mine in numbers.items()
+            if mine
+        }
 
     def _without(self, ids: list[str]) -> str:
         """Return the ids of the batch without some: a recovery must leave those of records that failed alone."""

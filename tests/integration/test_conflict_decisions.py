@@ -543,3 +543,19 @@ def test_a_record_that_is_held_after_a_mark_of_it_lost_has_a_conflict_to_resolve
     assert names(pair.crm) == [("crm",)]
     assert names(pair.billing) == [("billing",)]
     assert len(open_conflicts(pair)) == 1
+
+
+def test_a_held_parent_that_a_new_child_brings_back_is_held_no_longer(pair: Pair) -> None:
+    write_config(
+        pair.config_path, tables=[{"name": "accounts", "conflict": "hold"}, "users", "orders"]
+    )
+    installed(pair)
+    pair.crm.insert("accounts", id=1, name="first")
+    sync_pair(pair)
+    pair.crm.execute("update accounts set name = 'crm'")
+    pair.billing.execute("delete from accounts")
+    sync_pair(pair)
+    assert len(open_conflicts(pair)) == 1
+    pair.crm.insert("users", id=1, account_id=1, email="1@x.org")
+    converge(pair, "accounts", "users")
+    assert open_conflicts(pair) == []

@@ -478,6 +478,21 @@ def test_a_missing_parent_that_nobody_marked_is_brought_along(pair: Pair) -> Non
     assert texts(pair.billing, "grandparents") == ["(1)"]
 
 
+def test_a_refused_parent_that_a_child_brings_along_is_no_failure_any_more(pair: Pair) -> None:
+    ddl = """create table parents (id int primary key, word text);
+        create table children (id int primary key, up int not null references parents, word text)"""
+    link(pair, ddl, "parents", "children", retry={"max_attempts": 1})
+    pair.billing.execute("alter table parents add constraint short check (length(word) < 9)")
+    pair.crm.execute(
+        "insert into parents values (1, 'far too long'); insert into children values (1, 1)"
+    )
+    sync_pair(pair)
+    assert [table for table, *_ in failures(pair.crm)] == ["children", "parents"]
+    pair.billing.execute("alter table parents drop constraint short")
+    pair.crm.execute("update children set word = 'again'")
+    converge(pair, "parents", "children")
+
+
 @pytest.mark.parametrize("batch_size", [2, 1000])
 @pytest.mark.parametrize("action", ["", "on delete cascade"])
 def test_a_branch_deleted_here_and_grown_there_stays_down_to_its_new_leaf(

@@ -435,6 +435,29 @@ def test_a_record_of_the_targets_own_work_is_not_reached_for(pair: Pair, levels:
     assert max(levels) < 2**companions.PATIENT_LEVELS * companions.FIRST_REACH
 
 
+def test_a_record_that_was_refused_and_is_brought_along_is_no_failure_any_more(pair: Pair) -> None:
+    """Else what the other node changes next would be a conflict."""
+    seats = {"name": "seats", "conflict": "crm"}
+    link(pair, SEATS.format("text"), seats, retry={"base_seconds": 600, "max_seconds": 600})
+    pair.crm.execute("insert into seats values (1, 'a')")
+    sync_pair(pair)
+    pair.billing.execute("insert into seats values (9, 'b')")
+    pair.crm.execute("update seats set place = 'b'; insert into seats values (2, 'a')")
+    sync_pair(pair)
+    assert [record for _, record, *_ in failures(pair.crm)] == ["1", "2"]
+    pair.billing.execute("update seats set place = 'c' where id = 9")
+    sync_pair(pair)
+
+    pair.crm.execute("update seats set word = 'again' where id = 2")
+    sync_pair(pair)
+    assert texts(pair.billing, "seats") == ["(1,b,)", "(2,a,again)", "(9,c,)"]
+    assert failures(pair.crm) == []
+    pair.billing.execute("update seats set word = 'later' where id = 1")
+    converge(pair, "seats")
+    assert texts(pair.crm, "seats")[0] == "(1,b,later)"
+    assert pair.crm.rows("select * from sync.sync_conflicts") == []
+
+
 @pytest.mark.parametrize("batch_size", [2, 1000])
 def test_a_deferrable_constraint_shifts_in_batches_of_any_size(pair: Pair, batch_size: int) -> None:
     link(
