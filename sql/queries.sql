@@ -112,6 +112,7 @@ select
                 'table', child.relname,
                 'parent', coalesce(pg_catalog.pg_partition_root(reference.confrelid), reference.confrelid)::oid::bigint,
                 'cascades', reference.confdeltype = 'c',
+                'follows', reference.confupdtype in ('c', 'n', 'd'),
                 'columns', (
                     select pg_catalog.jsonb_agg(attribute.attname order by part.position)
                     from unnest(reference.conkey) with ordinality as part (attnum, position)
@@ -964,6 +965,13 @@ where table_name = %(table_name)s and record_id = %(record_id)s
 -- Mark records that the target keeps, in the transaction of the batch that would have deleted them: news for the source.
 insert into {schema}.sync_events (table_name, record_id, event_type, caused_by)
 select %(table_name)s, record_id, 'insert', pg_catalog.pg_current_xact_id()
+from unnest(%(record_ids)s::text[]) as given (record_id)
+
+-- name: mark_followers
+-- Mark rows that a foreign key changes with their parent, in the transaction of the batch: news for the source, but no
+-- change that wins over one of its own.
+insert into {schema}.sync_events (table_name, record_id, event_type, caused_by, changed_at)
+select %(table_name)s, record_id, 'update', pg_catalog.pg_current_xact_id(), 'epoch'
 from unnest(%(record_ids)s::text[]) as given (record_id)
 
 -- name: mark_records

@@ -29,6 +29,8 @@ class Catalog:
     order: tuple[tuple[str, ...], ...]
     parents: frozenset[str]
     referenced: frozenset[str]
+    # Those with values, other than their key, that rows follow when they change.
+    followed: frozenset[str]
     warnings: tuple[str, ...] = ()
     # Tables that cannot be synced now, and why.
     left_out: Mapping[str, str] = FrozenMap()
@@ -118,6 +120,13 @@ def inspect(
         order=order,
         parents=frozenset(table for table in names if table not in children),
         referenced=frozenset(parent for _, parent in references),
+        followed=frozenset(
+            key.parent
+            for by_table in relations.values()
+            for relation in by_table.values()
+            for key in relation.foreign_keys
+            if key.moves_with(by_table[key.parent])
+        ),
         warnings=tuple(warnings),
     )
     return catalog, problems
@@ -420,6 +429,7 @@ def _link_foreign_keys(
                         None if name is None else (name[0], name[1])
                         for name in reference["collations"]
                     ),
+                    follows=reference["follows"],
                 )
                 # An excluded column is each node's own affair, but for a delete that would take rows along.
                 if reference["cascades"] or (

@@ -8,7 +8,7 @@ that. Such a chain is not followed record by record to its end: after a few, mor
 send comes along as well.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
@@ -78,6 +78,10 @@ class Companions:
                 self.further_numbers.update(range(first, self._next_number))
                 self.applier.connection.execute(statements.unstage_repeated, {"first": first})
 
+    def changed(self, table: str, record_ids: list[str]) -> Collection[str]:
+        """Return those of some records that have an event or a failure on the source."""
+        return self.snapshot.changes(Part(table), record_ids) if record_ids else ()
+
     def _bring_level_of_parents(self, reach: int) -> bool:
         applier = self.applier
         for table in list(applier.staged):
@@ -136,9 +140,7 @@ class Companions:
 
     def _stage_changed(self, table: str, record_ids: list[str]) -> bool:
         """Stage records, gone or not, that have an event or a failure on the source: others are no news."""
-        if not record_ids:
-            return False
-        changed = self.snapshot.changes(Part(table), record_ids)
+        changed = self.changed(table, record_ids)
         if not changed:
             return False
         part = Part(table, retried=tuple(changed))

@@ -1,4 +1,7 @@
-"""Parents that are to be deleted while rows still refer to them: who stays, who waits, and who is refused."""
+"""Parents that are to be deleted while rows still refer to them: who stays, who waits, and who is refused.
+
+And those that give a value away which rows refer to: these follow.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,9 +63,11 @@ class Parents:
         row is found and what the source has deleted later is not `gathered` yet, and a unique violation where one of
         the `parked` rows has to stay.
         """
-        if step.phase != "delete":
-            return []
         applier = self.applier
+        if step.phase != "delete":
+            for table in applier.catalog.followed.intersection(step.tables):
+                self._mark_followers(table)
+            return []
         if applier.catalog.left_out:
             for table in step.tables:
                 self._await_absent_children(table)
@@ -78,6 +83,35 @@ class Parents:
         ):
             pass
         return parents
+
+    def _mark_followers(self, table: str) -> None:
+        """Mark the rows that follow a value of their parent, about to be written, on this node alone.
+
+        On the source each refers to whoever has the old value now.
+        """
+        parent = self.applier.statements(table)
+        for child, key in self._children(table):
+            if not (
+                key.moves_with(parent.relation) and self.config.table(child).sends(self.target)
+            ):
+                continue
+            rows = self._connection.execute(
+                parent.followers(
+                    self.applier.statements(child),
+                    key,
+                    self._schema,
+                    child_is_staged=child in self.applier.staged,
+                )
+            )
+            # What the source has changed as well is sent by its own event.
+            found = [record_id for (record_id,) in rows]
+            changed = self.companions.changed(child, found)
+            ids = [record_id for record_id in found if record_id not in changed]
+            if ids:
+                self._connection.execute(
+                    query(queries.get("mark_followers", self._schema)),
+                    {"table_name": child, "record_ids": ids},
+                )
 
     def _refuse_replaced(
         self, refused: Sequence[Refusal], successors: parking.Successors, tables: list[str]

@@ -97,11 +97,17 @@ class ForeignKey:
     parent_fields: tuple[str, ...]
     # Schema and name of what a pair of columns is compared by, where each has another one.
     collations: tuple[tuple[str, str] | None, ...]
+    # Whether PostgreSQL changes the child when what it refers to changes: ON UPDATE CASCADE, SET NULL, SET DEFAULT.
+    follows: bool
 
     @property
     def is_carried(self) -> bool:
         """True when the rows that travel say what they refer to."""
         return bool(self.fields and self.parent_fields)
+
+    def moves_with(self, parent: "Relation") -> bool:
+        """True when rows follow a change of the parent that leaves its key as it is."""
+        return self.follows and self.is_carried and not set(self.parent_fields) <= set(parent.key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -402,6 +402,38 @@ class TableStatements:
             is_clean=child.is_clean(child.child_id, schema),
         )
 
+    def followers(
+        self, child: "TableStatements", key: ForeignKey, schema: str, *, child_is_staged: bool
+    ) -> sql.Composed:
+        """Return the ids of clean rows of `child`, not staged, that refer to a value which staged records change.
+
+        One parent after the other, as PostgreSQL itself looks for them.
+        """
+        staged: sql.Composable = sql.SQL("")
+        if child_is_staged:
+            staged = sql.SQL(" and not exists (select from {} as g where {})").format(
+                child.stage, child.same_child
+            )
+        return sql.SQL(
+            "select distinct {child_id} from (select t.* from {stage} as s join {target} as t on {same_key} "
+            "where s.present and ({moved}) offset 0) as t "
+            "cross join lateral (select * from {child} as c where {reference} offset 0) as c "
+            "where {is_clean}{staged}"
+        ).format(
+            child_id=child.child_id,
+            stage=self.stage,
+            target=self.target,
+            same_key=self.same_key(),
+            moved=sql.SQL(" or ").join(
+                sql.SQL("{} is distinct from {}").format(self._own(field, "t"), self.staged(field))
+                for field in key.parent_fields
+            ),
+            child=sql.Identifier(*key.child),
+            reference=_reference(key),
+            is_clean=child.is_clean(child.child_id, schema),
+            staged=staged,
+        )
+
     def mark_children(
         self, child: "TableStatements", key: ForeignKey, schema: str, *, child_is_staged: bool
     ) -> sql.Composed:

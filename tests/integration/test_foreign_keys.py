@@ -264,6 +264,44 @@ def test_a_foreign_key_to_a_unique_constraint_is_followed(pair: Pair) -> None:
     assert texts(pair.crm, "parents") == []
 
 
+@pytest.mark.parametrize("batch_size", [10_000, 1])
+@pytest.mark.parametrize(("action", "followed"), [("cascade", "(1,c)"), ("set null", "(1,)")])
+def test_a_child_that_follows_its_parent_on_one_side_alone_does_so_on_the_other(
+    pair: Pair, action: str, followed: str, batch_size: int
+) -> None:
+    """When it arrived there, the value that it refers to had gone over to another parent."""
+    link(
+        pair,
+        f"""create table parents (id int primary key, code text not null unique);
+        create table children (id int primary key,
+            code text references parents (code) on update {action})""",
+        "parents",
+        "children",
+        batch_size=batch_size,
+    )
+    pair.crm.execute("insert into parents values (1, 'a'), (2, 'b')")
+    converge(pair, "parents")
+    pair.crm.execute("insert into children values (1, 'b')")
+    pair.billing.execute("update parents set code = 'c' where id = 2")
+    pair.billing.execute("update parents set code = 'b' where id = 1")
+    converge(pair, "parents", "children")
+    assert texts(pair.billing, "children") == [followed]
+    for node in pair.nodes:
+        assert node.rows("select * from sync.sync_conflicts") == []
+
+
+def test_a_child_follows_its_parent_where_only_one_side_has_the_foreign_key(pair: Pair) -> None:
+    ddl = """create table parents (id int primary key, code text not null unique);
+        create table children (id int primary key, code text {})"""
+    here, there = ddl.format(""), ddl.format("references parents (code) on update cascade")
+    link(pair, (here, there), "parents", "children")
+    pair.crm.execute("insert into parents values (1, 'a'); insert into children values (1, 'a')")
+    converge(pair, "parents", "children")
+    pair.crm.execute("update parents set code = 'b'")
+    converge(pair, "parents", "children")
+    assert texts(pair.crm, "children") == ["(1,b)"]
+
+
 def test_a_foreign_key_that_only_one_side_has_is_respected(pair: Pair) -> None:
     link(
         pair,
