@@ -848,3 +848,25 @@ def test_a_one_way_child_of_the_other_side_brings_its_parent_back_and_is_not_sen
     converge(pair, "parents")
     assert texts(pair.crm, "parents") == ["(1)"]
     assert texts(pair.crm, "children") == []
+
+
+def test_a_parent_whose_key_changes_waits_for_the_child_that_the_other_side_has_given_it(
+    pair: Pair,
+) -> None:
+    """Its unique value can't go over to the new key before, and nobody can say whose child that is."""
+    ddl = """create table people (id int primary key, email text not null unique);
+        create table visits (id int primary key, person int references people on update cascade)"""
+    link(pair, ddl, "people", "visits")
+    pair.crm.execute("insert into people values (1, 'a@x.org'); insert into visits values (1, 1)")
+    converge(pair, "people", "visits")
+    pair.crm.execute("update people set id = 2")
+    pair.billing.execute("insert into visits values (2, 1)")
+    sync_pair(pair)
+    waiting = [(table, record) for table, record, *_ in failures(pair.crm)]
+    assert waiting == [("people", "1"), ("people", "2"), ("visits", "1")]
+    assert [(table, record) for table, record, *_ in failures(pair.billing)] == [("visits", "2")]
+    pair.billing.execute("update visits set person = null where id = 2")
+    sync_pair(pair)
+    pair.crm.execute("update sync.sync_failures set next_attempt_at = now()")
+    converge(pair, "people", "visits")
+    assert texts(pair.billing, "visits") == ["(1,2)", "(2,)"]
