@@ -136,6 +136,13 @@ class TableStatements:
             for field in self.relation.key
         )
 
+    @property
+    def not_staged(self) -> sql.Composed:
+        """And true when the user's row `c` is not staged."""
+        return sql.SQL(" and not exists (select from {} as g where {})").format(
+            self.stage, self.same_child
+        )
+
     def is_clean(self, text: sql.Composable, schema: str) -> sql.Composed:
         """True when the record of an id has no event and no failure on this node."""
         return sql.SQL(
@@ -383,11 +390,6 @@ class TableStatements:
         self, child: "TableStatements", key: ForeignKey, schema: str, *, child_is_staged: bool
     ) -> sql.Composed:
         """Return the ids of clean rows of `child`, not staged, that refer to records about to be deleted."""
-        staged: sql.Composable = sql.SQL("")
-        if child_is_staged:
-            staged = sql.SQL(" and not exists (select from {} as g where {})").format(
-                child.stage, child.same_child
-            )
         return sql.SQL(
             "select distinct {child_id} from {stage} as s join {target} as t on {same_key} "
             "join {child} as c on {reference} where not s.present{staged} and {is_clean}"
@@ -398,7 +400,7 @@ class TableStatements:
             same_key=self.same_key(),
             child=sql.Identifier(*key.child),
             reference=_reference(key),
-            staged=staged,
+            staged=child.not_staged if child_is_staged else sql.SQL(""),
             is_clean=child.is_clean(child.child_id, schema),
         )
 
@@ -409,11 +411,6 @@ class TableStatements:
 
         One parent after the other, as PostgreSQL itself looks for them.
         """
-        staged: sql.Composable = sql.SQL("")
-        if child_is_staged:
-            staged = sql.SQL(" and not exists (select from {} as g where {})").format(
-                child.stage, child.same_child
-            )
         return sql.SQL(
             "select distinct {child_id} from (select t.* from {stage} as s join {target} as t on {same_key} "
             "where s.present and ({moved}) offset 0) as t "
@@ -431,7 +428,7 @@ class TableStatements:
             child=sql.Identifier(*key.child),
             reference=_reference(key),
             is_clean=child.is_clean(child.child_id, schema),
-            staged=staged,
+            staged=child.not_staged if child_is_staged else sql.SQL(""),
         )
 
     def mark_children(
