@@ -116,7 +116,7 @@ def successors(applier: Applier) -> Successors:
 def referred_indexes(applier: Applier) -> Iterator[tuple[str, UniqueIndex]]:
     """Yield the unique indexes, but for keys, of values that rows refer to.
 
-    Who takes any other value is another record.
+    Who takes any other value is another record; so is who takes one that only some rows must not share.
     """
     relations = [applier.catalog.relation(applier.node, each) for each in applier.catalog.tables]
     for table in applier.staged:
@@ -126,6 +126,7 @@ def referred_indexes(applier: Applier) -> Iterator[tuple[str, UniqueIndex]]:
         for index in _indexes(applier, table):
             if (
                 index.plain
+                and index.predicate is None
                 and index.operators is None
                 and referred.union(index.referenced, index.followed).issuperset(index.plain)
                 and {own.columns[field].name for field in own.key} != set(index.plain)

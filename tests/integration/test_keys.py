@@ -379,6 +379,50 @@ def test_a_child_of_a_deleted_parent_is_not_given_to_the_record_that_takes_a_val
     assert [(key, error) for _, key, error, _ in failures(pair.crm)] == [('["1", "2"]', "23505")]
 
 
+def test_a_child_of_a_deleted_parent_is_not_given_to_the_record_that_takes_its_role(
+    pair: Pair,
+) -> None:
+    link(
+        pair,
+        """create table people (tenant int, id int, role text, primary key (tenant, id));
+        create unique index on people (tenant) where role = 'owner';
+        create table visits (id int primary key, tenant int, person int,
+            foreign key (tenant, person) references people on update cascade)""",
+        "people",
+        "visits",
+    )
+    pair.crm.execute("insert into people values (1, 1, 'owner')")
+    converge(pair, "people")
+    pair.crm.execute("delete from people; insert into people values (1, 2, 'owner')")
+    pair.billing.execute("insert into visits values (1, 1, 1)")
+    sync_pair(pair)
+    assert texts(pair.billing, "visits") == ["(1,1,1)"]
+    assert [(key, error) for _, key, error, _ in failures(pair.crm)] == [('["1", "2"]', "23505")]
+
+
+def test_a_role_goes_to_another_record_with_a_generated_key_beside_one_that_is_refused(
+    pair: Pair,
+) -> None:
+    link(
+        pair,
+        """create table people (tenant int, id int generated always as identity, role text not null,
+            email text unique, primary key (tenant, id));
+        create unique index on people (tenant) where role = 'owner';
+        create table visits (id int primary key, tenant int, person int,
+            foreign key (tenant, person) references people)""",
+        "people",
+        "visits",
+    )
+    pair.crm.execute("insert into people (tenant, role) values (1, 'owner')")
+    converge(pair, "people")
+    pair.crm.execute("delete from people; insert into people (tenant, role) values (1, 'owner')")
+    pair.crm.execute("insert into people (tenant, role, email) values (2, 'member', 'ann')")
+    pair.billing.execute("insert into people overriding system value values (2, 9, 'member', 'ann')")
+    sync_pair(pair)
+    assert [(key, error) for _, key, error, _ in failures(pair.crm)] == [('["2", "3"]', "23505")]
+    assert texts(pair.billing, "people") == ["(1,2,owner,)", "(2,9,member,ann)"]
+
+
 def test_a_key_reused_after_a_delete_is_the_new_row(pair: Pair) -> None:
     link(pair, "create table items (id int primary key, word text)", "items")
     pair.crm.execute("insert into items values (1, 'old')")
