@@ -91,9 +91,11 @@ def rename(applier: Applier) -> bool:
     """
     found = False
     for table, index in referred_indexes(applier):
+        if (statement := _renamed(applier.statements(table), index)) is None:
+            continue
         try:
             with applier.connection.transaction():
-                renamed = applier.connection.execute(_renamed(applier.statements(table), index))
+                renamed = applier.connection.execute(statement)
         except psycopg.Error as error:
             if error_class(error) != "data":
                 raise
@@ -307,18 +309,30 @@ def _park(applier: Applier, statements: TableStatements, index: UniqueIndex) -> 
     return set()
 
 
-def _renamed(statements: TableStatements, index: UniqueIndex) -> sql.Composed:
+def _renamed(statements: TableStatements, index: UniqueIndex) -> sql.Composed | None:
+    """Compose what gives old rows their new key; none where all of it must be generated, and cannot be updated."""
+    relation = statements.relation
+    generated = [field for field in relation.key if relation.columns[field].identity == "a"]
+    written = [field for field in relation.key if field not in generated]
+    if not written:
+        return None
     return sql.SQL(
         "update {target} as t set {assignments} from {succeeded} "
-        "where {same_key} and not exists (select from {target} as t where {taken})"
+        "where {same_key} and {same_generated} and not exists (select from {target} as t where {taken})"
     ).format(
         target=statements.target,
         assignments=sql.SQL(", ").join(
             sql.SQL("{} = {}").format(statements.column(field), statements.staged(field))
-            for field in statements.relation.key
+            for field in written
         ),
         succeeded=_succeeded(statements, index),
         same_key=statements.same_key("gone"),
+        same_generated=sql.SQL(" and ").join(
+            sql.SQL("t.{} = {}").format(statements.column(field), statements.staged(field))
+            for field in generated
+        )
+        if generated
+        else sql.SQL("true"),
         taken=statements.same_key(),
     )
 

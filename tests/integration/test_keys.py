@@ -423,6 +423,47 @@ def test_a_role_goes_to_another_record_with_a_generated_key_beside_one_that_is_r
     assert texts(pair.billing, "people") == ["(1,2,owner,)", "(2,9,member,ann)"]
 
 
+@pytest.mark.parametrize("action", ["on update cascade", "deferrable initially deferred"])
+def test_a_changed_part_of_a_key_takes_children_along_though_the_other_part_is_generated(
+    pair: Pair, action: str
+) -> None:
+    link(
+        pair,
+        f"""create table items
+            (tenant int, id int generated always as identity unique, primary key (tenant, id));
+        create table notes (id int primary key, tenant int, item int,
+            foreign key (tenant, item) references items {action})""",
+        "items",
+        "notes",
+    )
+    pair.crm.execute("insert into items values (1), (1); insert into notes values (1, 1, 1)")
+    converge(pair, "items", "notes")
+    with pair.crm.connection.transaction():
+        pair.crm.execute("update items set tenant = 2")
+        pair.crm.execute("update notes set tenant = 2")
+    converge(pair, "items", "notes")
+    assert texts(pair.billing, "notes") == ["(1,2,1)"]
+
+
+def test_a_generated_key_that_cannot_be_given_to_the_old_row_fails_alone(pair: Pair) -> None:
+    link(
+        pair,
+        """create table items (id int generated always as identity primary key, code text unique);
+        create table notes (id int primary key, code text references items (code))""",
+        "items",
+        "notes",
+    )
+    pair.crm.execute("insert into items (code) values ('a'); insert into notes values (1, 'a')")
+    converge(pair, "items", "notes")
+    with pair.crm.connection.transaction():
+        pair.crm.execute("update notes set code = null; delete from items")
+        pair.crm.execute("insert into items (code) values ('a'), ('b')")
+        pair.crm.execute("update notes set code = 'a'")
+    sync_pair(pair)
+    assert {key for _, key, _, _ in failures(pair.crm)} == {"1", "2"}
+    assert texts(pair.billing, "items") == ["(1,a)", "(3,b)"]
+
+
 def test_a_key_reused_after_a_delete_is_the_new_row(pair: Pair) -> None:
     link(pair, "create table items (id int primary key, word text)", "items")
     pair.crm.execute("insert into items values (1, 'old')")
