@@ -1290,13 +1290,21 @@ select
     sequence.seqincrement as increment,
     sequence.seqmin as least,
     sequence.seqmax as greatest,
-    pg_catalog.has_sequence_privilege(class.oid, 'select') as readable
+    pg_catalog.has_sequence_privilege(class.oid, 'select') as readable,
+    -- Whether the column has the sequence's own values, none that its default computes from them.
+    type.typcategory = 'N' and coalesce(
+        pg_catalog.pg_get_expr(attrdef.adbin, attrdef.adrelid) ~ '^\(?nextval\(''[^'']*''::regclass\)\)?(::[a-z ]+)?$',
+        true
+    ) as direct
 from used
 join pg_catalog.pg_sequence as sequence on sequence.seqrelid = used.sequence
 join pg_catalog.pg_class as class on class.oid = used.sequence
 join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnamespace
 join pg_catalog.pg_attribute as attribute
     on attribute.attrelid = used.relation and attribute.attnum = used.attnum
+join pg_catalog.pg_type as type on type.oid = attribute.atttypid
+left join pg_catalog.pg_attrdef as attrdef
+    on attrdef.adrelid = attribute.attrelid and attrdef.adnum = attribute.attnum
 order by used.relation, attribute.attnum
 
 -- name: examine_vacuum

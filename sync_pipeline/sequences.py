@@ -17,7 +17,10 @@ HEADROOM_VALUES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """A sequence that gives a synced field its values on one node."""
+    """A sequence that gives a synced field its values on one node.
+
+    `taken` and `greatest` are what the field holds of these values; null where its default computes others from them.
+    """
 
     node: str
     table: str
@@ -135,19 +138,21 @@ def _sequences(
             ).format(increment, sql.Identifier(row["schema_name"], row["sequence_name"])),
         )
         # `taken` looks at the progression alone: with odd and even values, what the peer gave is not in the way.
-        taken, greatest = connection.execute(
-            sql.SQL(
-                "select (select max({column})::bigint from {relation} where {column} {beyond} {next} "
-                "and pg_catalog.mod({column}::numeric - {next}, {step}) = 0), "
-                "(select max({column})::bigint from {relation})"
-            ).format(
-                column=sql.Identifier(row["column_name"]),
-                relation=sql.Identifier(relation.schema, relation.name),
-                beyond=sql.SQL(">=" if increment > 0 else "<="),
-                next=next_value,
-                step=increment,
-            )
-        ).fetchall()[0]
+        taken, greatest = None, None
+        if row["direct"]:
+            taken, greatest = connection.execute(
+                sql.SQL(
+                    "select (select max({column})::bigint from {relation} where {column} {beyond} {next} "
+                    "and pg_catalog.mod({column}::numeric - {next}, {step}) = 0), "
+                    "(select max({column})::bigint from {relation})"
+                ).format(
+                    column=sql.Identifier(row["column_name"]),
+                    relation=sql.Identifier(relation.schema, relation.name),
+                    beyond=sql.SQL(">=" if increment > 0 else "<="),
+                    next=next_value,
+                    step=increment,
+                )
+            ).fetchall()[0]
         yield Sequence(
             node=node,
             table=relation.table,

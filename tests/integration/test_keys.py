@@ -417,7 +417,9 @@ def test_a_role_goes_to_another_record_with_a_generated_key_beside_one_that_is_r
     converge(pair, "people")
     pair.crm.execute("delete from people; insert into people (tenant, role) values (1, 'owner')")
     pair.crm.execute("insert into people (tenant, role, email) values (2, 'member', 'ann')")
-    pair.billing.execute("insert into people overriding system value values (2, 9, 'member', 'ann')")
+    pair.billing.execute(
+        "insert into people overriding system value values (2, 9, 'member', 'ann')"
+    )
     sync_pair(pair)
     assert [(key, error) for _, key, error, _ in failures(pair.crm)] == [('["2", "3"]', "23505")]
     assert texts(pair.billing, "people") == ["(1,2,owner,)", "(2,9,member,ann)"]

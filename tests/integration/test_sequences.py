@@ -118,6 +118,30 @@ def test_a_second_install_moves_no_sequence_and_a_dry_run_says_what_the_first_wo
         assert install.plan(config, connections) == []
 
 
+def test_a_sequence_from_which_values_are_computed_is_interleaved_by_its_own_values(
+    pair: Pair,
+) -> None:
+    ddl = """
+    create sequence numbers;
+    create table invoices (number text primary key default 'R' || nextval('numbers'), word text);
+    create sequence ids;
+    create table events (id bigint primary key default (nextval('ids') << 40) + 7, word text);
+    """
+    link(pair, ddl, "invoices", "events", sequences="interleave")
+    for number in range(1, 4):
+        for node in pair.nodes:
+            for table in ("invoices", "events"):
+                node.execute(f"insert into {table} (word) values ('{node.name} {number}')")
+        converge(pair, "invoices", "events")
+        config = config_of(pair)
+        with (
+            connected(config.first, config, "test") as one,
+            connected(config.second, config, "test") as two,
+        ):
+            assert install.plan(config, {"crm": one, "billing": two}) == []
+    assert len(texts(pair.crm, "invoices")) == len(texts(pair.crm, "events")) == 6
+
+
 def test_a_table_that_one_side_only_receives_keeps_its_sequences(pair: Pair) -> None:
     link(
         pair,
