@@ -711,6 +711,7 @@ where conflict.table_name = %(table_name)s
 
 -- name: record_failures
 -- Move failing records from the events to the failures; the wait doubles from attempt to attempt, with jitter.
+-- What failed together is due together.
 with failing as (
     select record_id, error_class, error, held, position
     from unnest(%(record_ids)s::text[], %(error_classes)s::text[], %(errors)s::text[], %(held)s::boolean[])
@@ -741,8 +742,8 @@ select
     case when failing.held then 'held' when %(max_attempts)s::integer <= 1 then 'dead' else 'retrying' end,
     1,
     case when not failing.held and %(max_attempts)s::integer > 1
-        then pg_catalog.clock_timestamp()
-            + pg_catalog.make_interval(secs => %(base_seconds)s * (0.75 + pg_catalog.random() / 2))
+        then pg_catalog.now()
+            + pg_catalog.make_interval(secs => %(base_seconds)s * %(jitter)s::double precision)
     end,
     failing.error_class,
     failing.error,
@@ -761,9 +762,9 @@ set attempts = failure.attempts + case when excluded.state = 'held' then 0 else 
         else 'retrying'
     end,
     next_attempt_at = case when excluded.state <> 'held' and failure.attempts + 1 < %(max_attempts)s::integer
-        then pg_catalog.clock_timestamp() + pg_catalog.make_interval(secs => least(
+        then pg_catalog.now() + pg_catalog.make_interval(secs => least(
             %(base_seconds)s * 2.0 ^ least(failure.attempts, 30), %(max_seconds)s
-        ) * (0.75 + pg_catalog.random() / 2))
+        ) * %(jitter)s::double precision)
     end,
     error_class = excluded.error_class,
     error = excluded.error,

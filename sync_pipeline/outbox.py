@@ -1,5 +1,6 @@
 """The events of the source, written: acknowledge what the target has, set aside what nobody understands."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,8 @@ def acknowledge(
     def run(name: str, **parameters: Any) -> None:
         connection.execute(query(queries.get(name, schema)), parameters)
 
+    # One for all records of a batch: those that need each other are tried together again.
+    jitter = random.uniform(0.75, 1.25)  # noqa: S311 - jitter
     with connection.transaction():
         has_failures = scalar(connection, query(queries.get("has_failures", schema)))
         for outcome in outcomes:
@@ -79,6 +82,7 @@ def acknowledge(
                     max_attempts=retry.max_attempts,
                     base_seconds=retry.base_seconds,
                     max_seconds=retry.max_seconds,
+                    jitter=jitter,
                 )
         if ids != EMPTY:
             run("acknowledge", ids=ids)

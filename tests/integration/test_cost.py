@@ -437,6 +437,7 @@ def test_failures_are_noted_and_cleared_in_proportion_to_their_number(
         "max_attempts": 10,
         "base_seconds": 1,
         "max_seconds": 10,
+        "jitter": 1,
     }
     cleared = {
         "table_name": "accounts",

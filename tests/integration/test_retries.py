@@ -6,6 +6,7 @@ from sync_pipeline import snapshot
 from sync_pipeline.link import lead
 from tests.engine import equal, installed, sync_pair, totals
 from tests.helpers import Pair
+from tests.shapes import failures, link
 
 pytestmark = pytest.mark.core
 
@@ -66,3 +67,38 @@ def test_a_dead_failure_of_a_trigger_that_misses_a_table_is_not_revived(pair: Pa
     with lead(config):
         states = "select record_id, state, error_class from sync.sync_failures"
         assert pair.crm.rows(states) == [("1", "dead", "42P01")]
+
+
+def test_records_that_need_each_other_are_tried_together_again(pair: Pair) -> None:
+    link(
+        pair,
+        """create table lines (entry int, number int, amount int not null, primary key (entry, number));
+        create function balanced() returns trigger language plpgsql as $$
+        begin
+            if (select sum(amount) from lines where entry = new.entry) <> 0 then
+                raise exception 'not balanced' using errcode = '23514';
+            end if;
+            return null;
+        end $$;
+        create constraint trigger balanced after insert or update on lines
+            deferrable initially deferred for each row execute function balanced()""",
+        "lines",
+    )
+    pair.billing.execute("alter table lines add check (amount < 1000)")
+    with pair.crm.connection.transaction():
+        pair.crm.execute(
+            """insert into lines select entry, number, case number when 1 then entry * 100 else -entry * 100 end
+            from generate_series(1, 20) as entry, generate_series(1, 2) as number"""
+        )
+    for _ in range(4):
+        sync_pair(pair)
+        # As if the time had come for the one that is due first.
+        pair.crm.execute(
+            """update sync.sync_failures set next_attempt_at = next_attempt_at - (
+                select min(next_attempt_at) - clock_timestamp() from sync.sync_failures
+            )"""
+        )
+    assert pair.billing.value("select count(*) from lines") == 18
+    assert {key for _, key, _, _ in failures(pair.crm)} == {
+        f'["{entry}", "{number}"]' for entry in range(10, 21) for number in (1, 2)
+    }
