@@ -30,6 +30,17 @@ _MIGRATIONS = {
     "__efmigrationshistory", "goose_db_version", "pgmigrations", "mikro_orm_migrations",
     "_sqlx_migrations", "__diesel_schema_migrations", "refinery_schema_history",
 }  # fmt: skip
+# Where workers and schedulers of one database share out their work: Solid Queue, GoodJob, Delayed Job, Que, Queue
+# Classic; Oban; Procrastinate, Django Q, PgQueuer, APScheduler, Kombu; River; Quartz, ShedLock, JobRunr; Messenger,
+# Laravel; by their schemas Graphile Worker, pg-boss, Hangfire.
+_WORK = re.compile(
+    r"solid_queue_\w+|good_jobs?|good_job_\w+|delayed_jobs|que_(jobs|lockers|values)|queue_classic_jobs"
+    r"|oban_(jobs|peers|producers)|procrastinate_\w+|django_q_\w+|pgqueuer(_\w+)?|apscheduler_jobs|kombu_\w+"
+    r"|river_(job|leader|queue|client|client_queue)|qrtz_\w+|shedlock|jobrunr_\w+|messenger_messages"
+    r"|job_batches|failed_jobs|cache_locks",
+    re.IGNORECASE,
+)
+_WORK_SCHEMAS = {"graphile_worker", "pgboss", "hangfire"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +80,11 @@ def propose(
     for name in [name for name in pairs if name.rpartition(".")[2].lower() in _MIGRATIONS]:
         left_out[name] = (
             "each node notes here which migrations it has run; synced, the other one would not run them"
+        )
+        del pairs[name]
+    for name in [name for name, both in pairs.items() if any(map(_is_work, both.values()))]:
+        left_out[name] = (
+            "a queue or locks of workers; synced, those of both nodes would do the same work twice"
         )
         del pairs[name]
     if not pairs:
@@ -145,6 +161,10 @@ def _pairs(
             if id(each) not in taken[node]:
                 left_out[f"{each.schema_name}.{each.table_name}"] = f"only {node} has it"
     return pairs, left_out
+
+
+def _is_work(table: Found) -> bool:
+    return bool(_WORK.fullmatch(table.table_name)) or table.schema_name.lower() in _WORK_SCHEMAS
 
 
 def _config(name: str, both: dict[str, Found]) -> TableConfig:

@@ -93,6 +93,17 @@ def test_what_a_node_notes_of_its_own_migrations_is_left_out(bare: Pair) -> None
     assert "migrations it has run" in document["left_out"]["app.django_migrations"]
 
 
+def test_a_queue_from_which_the_workers_of_a_node_take_their_work_is_left_out(bare: Pair) -> None:
+    for node in bare.nodes:
+        node.execute("create table solid_queue_jobs (id int primary key)")
+        node.execute("create schema pgboss create table job (id int primary key)")
+        node.execute("create table jobs (id int primary key)")
+    document = proposed(bare)
+    assert set(document["tables"]) == {"accounts", "users", "orders", "jobs"}
+    assert "would do the same work twice" in document["left_out"]["solid_queue_jobs"]
+    assert "would do the same work twice" in document["left_out"]["pgboss.job"]
+
+
 def test_a_table_that_refers_to_one_that_is_not_synced_says_so(bare: Pair) -> None:
     for node in bare.nodes:
         node.execute("create table regions (name text unique)")
