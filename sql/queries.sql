@@ -1193,6 +1193,8 @@ select
             and trigger.tgtype & 3 = 3
             and trigger.tgtype & 20 <> 0
             and function.pronamespace <> coalesce(pg_catalog.to_regnamespace('{schema}')::oid, 0)
+            -- One that asks whether the pipeline writes knows what to do.
+            and pg_catalog.strpos(pg_catalog.pg_get_triggerdef(trigger.oid) || function.prosrc, 'sync_pipeline.applying') = 0
         order by 1
     ) as rewriting_triggers,
     array(

@@ -165,8 +165,8 @@ def _shape(config: Config, relation: Relation, row: dict[str, Any]) -> Iterator[
                 "rewriting",
                 relation,
                 f"trigger {name} may rewrite rows that the pipeline writes, and the nodes then differ",
-                "let it leave rows alone while current_setting('sync_pipeline.applying', true) = "
-                f"'{config.schema_name}', or exclude the columns that it sets",
+                "create it with `when (current_setting('sync_pipeline.applying', true) is distinct from "
+                f"'{config.schema_name}')`, or exclude the columns that it sets",
             )
     if row["unlogged"]:
         yield _finding(

@@ -19,6 +19,7 @@ from sync_pipeline.servers import Setting
 from tests.engine import config_of, equal, installed
 from tests.helpers import Cluster, Node, Pair, encoded, shift_clock, write_config
 from tests.replicas import Replica, replicable, short_directory, until
+from tests.shapes import converge
 
 pytestmark = pytest.mark.core
 
@@ -273,7 +274,12 @@ SHAPES: dict[str, tuple[tuple[str, ...], tuple[str, str, str, str]]] = {
                 as 'begin new.word = ''stamped''; return new; end';
             create trigger stamp before insert on stamped for each row execute function stamp()""",
         ),
-        ("warning", "rewriting", "stamp may rewrite rows", "sync_pipeline.applying"),
+        (
+            "warning",
+            "rewriting",
+            "stamp may rewrite rows",
+            "when (current_setting('sync_pipeline.applying', true) is distinct from 'sync')",
+        ),
     ),
     "linked": (
         (
@@ -342,6 +348,39 @@ def test_a_key_that_follows_a_value_which_is_no_key_is_a_warning(pair: Pair) -> 
     assert "a key of its own" in found[0].remedy
     configure(pair, "people", {"name": "badges", "source": "crm"}, "visits", "homes")
     assert findings(pair, "foreign_key") == []
+
+
+def test_a_trigger_that_stands_back_is_no_finding(pair: Pair) -> None:
+    on_both(
+        pair,
+        """create table clauses (id int primary key, at timestamptz);
+        create table bodies (id int primary key, at timestamptz);
+        create function stamp() returns trigger language plpgsql
+            as 'begin new.at = clock_timestamp(); return new; end';
+        create trigger stamp before insert on clauses for each row execute function stamp()""",
+    )
+    configure(pair, "clauses", "bodies")
+    installed(pair)
+    [remedy] = {f.remedy for f in findings(pair) if f.check == "rewriting"}
+    clause = remedy.split("`")[1]
+    on_both(
+        pair,
+        f"""create or replace trigger stamp before insert on clauses for each row {clause}
+            execute function stamp();
+        create function guarded() returns trigger language plpgsql as $$
+        begin
+            if coalesce(current_setting('sync_pipeline.applying', true), '') = '' then
+                new.at = clock_timestamp();
+            end if;
+            return new;
+        end $$;
+        create trigger guarded before insert on bodies for each row execute function guarded()""",
+    )
+    assert [f for f in findings(pair) if f.check == "rewriting"] == []
+    for table in ("clauses", "bodies"):
+        pair.crm.execute(f"insert into {table} values (1)")
+        converge(pair, table)
+        assert pair.crm.value(f"select at from {table}") is not None
 
 
 def test_the_default_of_a_domain_is_one(pair: Pair) -> None:
