@@ -179,7 +179,8 @@ order by asked.position
 
 -- name: list_tables
 -- Every table of the applications: no system's, no extension's, no pipeline's, no partition; what could be its key if it
--- has no primary key; and what it refers to.
+-- has no primary key; which unique columns join others, if its primary key is but a number that nothing refers to; and
+-- what it refers to.
 select
     namespace.nspname as schema_name,
     class.relname as table_name,
@@ -207,6 +208,47 @@ select
         order by index.indnkeyatts, index.indexrelid
         limit 1
     ), '{}') as key,
+    coalesce((
+        select array(
+            select attribute.attname::text
+            from unnest(index.indkey::smallint[]) with ordinality as part (attnum, position)
+            join pg_catalog.pg_attribute as attribute
+                on attribute.attrelid = class.oid and attribute.attnum = part.attnum
+            where part.position <= index.indnkeyatts
+            order by part.position
+        )
+        from pg_catalog.pg_index as index
+        where index.indrelid = class.oid and index.indisunique and index.indisvalid and index.indimmediate
+            and not index.indisprimary and index.indpred is null and index.indexprs is null
+            and not exists (
+                select
+                from unnest(index.indkey::smallint[]) with ordinality as part (attnum, position)
+                join pg_catalog.pg_attribute as attribute
+                    on attribute.attrelid = class.oid and attribute.attnum = part.attnum
+                where part.position <= index.indnkeyatts and not (
+                    attribute.attnotnull
+                    and exists (
+                        select from pg_catalog.pg_constraint as reference
+                        where reference.conrelid = class.oid and reference.contype = 'f'
+                            and part.attnum = any (reference.conkey)
+                    )
+                )
+            )
+            and exists (
+                select from pg_catalog.pg_index as main
+                join pg_catalog.pg_attribute as attribute
+                    on attribute.attrelid = class.oid and attribute.attnum = main.indkey[0]
+                where main.indrelid = class.oid and main.indisprimary and main.indnkeyatts = 1
+                    and (attribute.atthasdef or attribute.attidentity <> '')
+                    and attribute.attnum <> all (index.indkey::smallint[])
+            )
+            and not exists (
+                select from pg_catalog.pg_constraint as reference
+                where reference.confrelid = class.oid and reference.contype = 'f'
+            )
+        order by index.indnkeyatts, index.indexrelid
+        limit 1
+    ), '{}') as joined,
     array(
         select distinct parent_namespace.nspname || '.' || parent.relname
         from pg_catalog.pg_constraint as reference

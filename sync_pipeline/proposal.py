@@ -47,13 +47,15 @@ _WORK_SCHEMAS = {"graphile_worker", "pgboss", "hangfire"}
 class Found:
     """A table of one node. `parents` are the tables it refers to, with their schemas.
 
-    `key` are unique columns, none of them null, of a table without a primary key, as tables that join two others have.
+    `key` are unique columns, none of them null, of a table without a primary key, as tables that join two others have;
+    `joined` are those of one that has a generated primary key besides, which nothing refers to.
     """
 
     schema_name: str
     table_name: str
     visible: bool
     key: list[str]
+    joined: list[str]
     parents: list[str]
 
 
@@ -114,7 +116,7 @@ def propose(
             for parent in table.parents
             if parent not in synced[node]
         }
-        remarks[name] = _remarks(relations, sorted(unsynced))
+        remarks[name] = _remarks(pairs[name], relations, sorted(unsynced))
         entries.append(_entry(name, pairs[name], relations, remarks[name]))
     head = _head(nodes, variables)
     return Proposal(remarks, left_out, head + "".join(entries) + _tail(left_out))
@@ -181,7 +183,9 @@ def _key(both: dict[str, Found]) -> tuple[str, ...] | None:
     return tuple(one.key) if one.key and sorted(one.key) == sorted(two.key) else None
 
 
-def _remarks(relations: dict[str, Relation], unsynced: list[str]) -> list[str]:
+def _remarks(
+    both: dict[str, Found], relations: dict[str, Relation], unsynced: list[str]
+) -> list[str]:
     remarks = []
     one, two = relations.values()
     if one.key_is_deferrable or two.key_is_deferrable:
@@ -193,6 +197,13 @@ def _remarks(relations: dict[str, Relation], unsynced: list[str]) -> list[str]:
                 f"{field_name} is {mine.formatted_type} on {one.node}, "
                 f"{theirs.formatted_type} on {two.node}"
             )
+    here, there = both.values()
+    if here.joined and sorted(here.joined) == sorted(there.joined):
+        columns, own = ", ".join(here.joined), ", ".join(one.key)
+        remarks.append(
+            f"rows that both nodes add for the same {columns} are refused; unless {own} must be equal on both, "
+            f"`key: {_flow(here.joined)}` and `exclude: {_flow(one.key)}` make them one record"
+        )
     remarks += [f"refers to {parent}, which is not synced" for parent in unsynced]
     return remarks
 
