@@ -1383,6 +1383,15 @@ select
         as waiting,
     (select paused_at from {schema}.sync_node) as paused_at
 
+-- name: has_waiting_beside
+-- True when anything waits that could be applied and is of none of these tables.
+select
+    exists (select from {schema}.sync_events where table_name <> all (%(tables)s::text[]))
+    or exists (
+        select from {schema}.sync_failures
+        where next_attempt_at <= pg_catalog.clock_timestamp() and table_name <> all (%(tables)s::text[])
+    )
+
 -- name: read_lag
 -- The age in seconds of the oldest event that waits, 0 when none does.
 select coalesce(extract(epoch from pg_catalog.clock_timestamp() - min(created_at)), 0)::double precision

@@ -1,16 +1,16 @@
 """What sensors and checks ask the nodes. Cheap, and outside of any pass: nobody's lock is touched."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import psycopg
 from psycopg.rows import class_row
 
-from sync_pipeline import install, locks, queries
+from sync_pipeline import catalog, install, locks, queries
 from sync_pipeline.config import Config, NodeConfig
-from sync_pipeline.database import Connection, connected, in_words, query
-from sync_pipeline.errors import ConnectionFailed, NotInstalled
+from sync_pipeline.database import Connection, connected, in_words, query, scalar
+from sync_pipeline.errors import CatalogMismatch, ConnectionFailed, NotInstalled, TableMissing
 from sync_pipeline.views import TableStatus
 
 
@@ -47,6 +47,29 @@ def look(config: Config) -> Glance:
         except NotInstalled as error:
             return Glance(obstacle=str(error))
     return Glance(tuple(waiting), leader, obstacle)
+
+
+def left_out(config: Config) -> str | None:
+    """Say why a pass would leave out all that waits; None when it would not, or when only a run can tell.
+
+    Reads both catalogs: for who is about to start a run. Raises `ConnectionFailed`.
+    """
+    with ExitStack() as exits:
+        connections = {
+            node.name: exits.enter_context(connected(node, config, "sensor"))
+            for node in config.nodes
+        }
+        try:
+            found, problems = catalog.inspect(config, connections, strict=False)
+            if not found.tables or not all(isinstance(each, TableMissing) for each in problems):
+                return None
+            statement = query(queries.get("has_waiting_beside", config.schema_name))
+            tables = {"tables": [each.table for each in problems]}
+            if any(scalar(connection, statement, tables) for connection in connections.values()):
+                return None
+        except (CatalogMismatch, psycopg.Error):
+            return None
+    return "; ".join(map(str, problems)) or None
 
 
 def leading(config: Config) -> str | None:

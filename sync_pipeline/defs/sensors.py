@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import dagster as dg
 
 from sync_pipeline.defs.failed import rest
-from sync_pipeline.defs.glance import leading, look
+from sync_pipeline.defs.glance import leading, left_out, look
 from sync_pipeline.defs.names import Names
 from sync_pipeline.defs.streaming import budget_of
 from sync_pipeline.errors import SyncPipelineError
@@ -56,6 +56,15 @@ def sync_sensor(names: Names, job: dg.JobDefinition) -> dg.SensorDefinition:
                 )
         if (why := rest(context.instance, names, job.name)) is not None:
             return dg.SkipReason(f"changes wait on {where}; {why}")
+        try:
+            # A run for them would end as it began, and the next one would be asked for.
+            reasons = left_out(config)
+        except SyncPipelineError as error:
+            return dg.SkipReason(str(error))
+        if reasons is not None:
+            return dg.SkipReason(
+                f"changes wait on {where}, all of tables that are left out: {reasons}"
+            )
         return dg.RunRequest(tags={"sync/asked_by": f"changes wait on {where}"})
 
     return sync

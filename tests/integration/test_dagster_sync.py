@@ -186,6 +186,32 @@ def test_the_sensor_asks_for_no_run_beside_a_leader(
     assert len(tick(link, instance).requests) == 1
 
 
+def test_the_sensor_asks_for_no_run_while_all_that_waits_is_of_tables_that_are_left_out(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    add_family(link.crm)
+    link.billing.execute("alter table orders rename to away")
+    assert len(tick(link, instance).requests) == 1
+    assert run(link, instance).success
+    link.crm.execute(
+        "insert into sync.sync_failures (table_name, record_id, state, attempts, next_attempt_at, error_class, error)"
+        " values ('orders', '100', 'retrying', 1, now(), '23514', 'refused')"
+    )
+    skipped = tick(link, instance)
+    assert skipped.requests == []
+    assert skipped.skipped.startswith("changes wait on crm, all of tables that are left out: ")
+    assert "(orders): billing: table orders does not exist; create it" in skipped.skipped
+    link.billing.insert("accounts", id=2, name="of a table that is there")
+    assert len(tick(link, instance).requests) == 1
+    assert run(link, instance).success
+    assert tick(link, instance).requests == []
+    link.billing.execute("alter table away rename to orders")
+    assert len(tick(link, instance).requests) == 1
+    assert run(link, instance).success
+    assert equal(link)
+    assert tick(link, instance).skipped == "nothing waits on crm or billing"
+
+
 def test_the_sensor_says_that_the_link_is_paused_or_not_installed(
     link: Pair, instance: dg.DagsterInstance
 ) -> None:
