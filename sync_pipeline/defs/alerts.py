@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
 import dagster as dg
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 
+from sync_pipeline.defs.checks import VERIFY
 from sync_pipeline.defs.failed import reason_of
 from sync_pipeline.defs.glance import node_statuses
 from sync_pipeline.defs.names import LINK_TAG, Names
@@ -60,7 +62,7 @@ def webhook_channel(url: str, timeout: float = WEBHOOK_TIMEOUT_SECONDS) -> Chann
 def alert_sensor(
     names: Names, lag_seconds: float, channels: Sequence[Channel]
 ) -> dg.SensorDefinition:
-    """Return the sensor that watches for failed runs, lag, dead letters and nodes that cannot be asked."""
+    """Return the sensor that watches for failed runs, lag, dead letters, differences and nodes that cannot be asked."""
     link = names.tags[LINK_TAG]
 
     @dg.sensor(
@@ -69,12 +71,14 @@ def alert_sensor(
         default_status=dg.DefaultSensorStatus.RUNNING,
         description=(
             f"Tells the team's channels of failed runs, of changes that wait longer than {lag_seconds:g} seconds, of"
-            " dead letters, and of nodes that cannot be asked; once when it begins and once when it has ended."
+            " dead letters, of tables that `verify` found different, and of nodes that cannot be asked; once when it"
+            " begins and once when it has ended."
         ),
     )
     def alert(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         known = _Cursor.parse(context.cursor)
         found = dict(_problems(names, lag_seconds, known.open))
+        found |= _differences(context.instance, names, known.open)
         news = [Alert(link, *item) for item in found.items() if item[0] not in known.open]
         news += [
             Alert(link, subject, text, resolved=True)
@@ -145,6 +149,26 @@ def _problems(names: Names, lag_seconds: float, known: dict[str, str]) -> Iterat
                     f"dead letters of {table}{_on(node.name)}",
                     f"{table} on {node.name} has dead letters",
                 )
+
+
+def _differences(
+    instance: dg.DagsterInstance, names: Names, known: dict[str, str]
+) -> dict[str, str]:
+    """Return subject and text of each table whose last check `verify` failed; while one runs, what was known."""
+    tables = {dg.AssetCheckKey(key, VERIFY): table for table, key in names.link_assets()}
+    latest = instance.event_log_storage.get_latest_asset_check_execution_by_key(list(tables))
+    first, second = (node.name for node in names.config.nodes)
+    found = {}
+    for key, record in latest.items():
+        table = tables[key]
+        subject = f"difference in {table}"
+        if record.status is AssetCheckExecutionRecordStatus.FAILED:
+            found[subject] = (
+                f"{table} differs between {first} and {second}; see which: `sync-pipeline verify {table}`"
+            )
+        elif record.status is AssetCheckExecutionRecordStatus.PLANNED and subject in known:
+            found[subject] = known[subject]
+    return found
 
 
 def _on(node: str) -> str:

@@ -7,6 +7,9 @@ from typing import Any
 import dagster as dg
 import psycopg
 import pytest
+from dagster._core.definitions.asset_checks.asset_check_evaluation import (
+    AssetCheckEvaluationPlanned,
+)
 from dagster._core.events import EngineEventData
 from dagster._utils.error import serializable_error_info_from_exc_info
 from psycopg import sql
@@ -16,7 +19,7 @@ from sync_pipeline.config import load
 from sync_pipeline.defs.alerts import Alert, webhook_channel
 from sync_pipeline.errors import ConfigurationError
 from tests import dagster_runs
-from tests.dagster_runs import failure_of, metadata, run, tick
+from tests.dagster_runs import definitions, failure_of, metadata, run, tick
 from tests.engine import equal, installed, sync_pair
 from tests.helpers import Node, Pair, write_config
 from tests.integration.test_names import NAMES
@@ -290,6 +293,35 @@ def test_an_alert_is_told_once_when_it_begins_and_once_when_it_has_ended(
     sync_pair(link)
     cursor = look(look(cursor))
     assert told[1:] == ["crm-billing: resolved: changes on crm wait for more than 300 seconds"]
+
+
+def test_a_table_that_verify_finds_different_is_an_alert_until_verify_finds_it_equal(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    told: list[str] = []
+
+    def look(cursor: str | None) -> dagster_runs.Tick:
+        channels = [lambda alert: told.append(str(alert))]
+        return tick(link, instance, "alert_sensor", cursor=cursor, channels=channels)
+
+    drift(link.billing, "delete from users where id = 7")
+    assert run(link, instance, "verify_job").success
+    seen = look(look(None).cursor)
+    differs = "users differs between crm and billing; see which: `sync-pipeline verify users`"
+    assert told == [f"crm-billing: {differs}"]
+    # Begun, and not yet answered.
+    check = AssetCheckEvaluationPlanned(asset_key=USERS, check_name="verify")
+    planned = instance.create_run_for_job(definitions(link).resolve_job_def("verify_job"))
+    instance.report_dagster_event(
+        dg.DagsterEvent("ASSET_CHECK_EVALUATION_PLANNED", "verify_job", event_specific_data=check),
+        planned.run_id,
+    )
+    seen = look(seen.cursor)
+    assert seen.skipped == f"still: {differs}"
+    drift(link.crm, "delete from users where id = 7")
+    assert run(link, instance, "verify_job").success
+    look(seen.cursor)
+    assert told[1:] == [f"crm-billing: resolved: {differs}"]
 
 
 def test_a_failed_run_of_the_link_is_told_once(link: Pair, instance: dg.DagsterInstance) -> None:
