@@ -9,6 +9,7 @@ import dagster as dg
 from dagster._core.definitions.unresolved_asset_job_definition import (
     UnresolvedAssetJobDefinition,
 )
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecordStatus
 
 from sync_pipeline import verify
 from sync_pipeline.config import Config
@@ -96,6 +97,15 @@ def verify_job(names: Names, checks: dg.AssetChecksDefinition) -> UnresolvedAsse
         executor_def=dg.in_process_executor,
         tags=names.tags,
     )
+
+
+def differs(instance: dg.DagsterInstance, key: dg.AssetKey) -> bool:
+    """True when the last answer of an asset's check `verify` was no; a run that has yet to answer does not count."""
+    answers = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
+    last = instance.event_log_storage.get_asset_check_execution_history(
+        dg.AssetCheckKey(key, VERIFY), limit=1, status=answers
+    )
+    return any(record.status is AssetCheckExecutionRecordStatus.FAILED for record in last)
 
 
 def judge(names: Names, statuses: Statuses, lag_seconds: float) -> Iterator[dg.AssetCheckResult]:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import dagster as dg
 
-from sync_pipeline.defs.checks import LAG, Statuses, judge, key_of
+from sync_pipeline.defs.checks import LAG, Statuses, differs, judge, key_of
 from sync_pipeline.defs.glance import table_statuses
 from sync_pipeline.defs.metadata import seconds
 from sync_pipeline.defs.names import Names
@@ -39,7 +39,7 @@ def watch_sensor(names: Names, lag_seconds: float) -> dg.SensorDefinition:
         except SyncPipelineError as error:
             return dg.SkipReason(str(error))
         told, reported, events = _news(
-            names, statuses, lag_seconds, json.loads(context.cursor or "{}")
+            context.instance, names, statuses, lag_seconds, json.loads(context.cursor or "{}")
         )
         return dg.SensorResult(
             cursor=json.dumps(told),
@@ -54,7 +54,11 @@ def watch_sensor(names: Names, lag_seconds: float) -> dg.SensorDefinition:
 
 
 def _news(
-    names: Names, statuses: Statuses, lag_seconds: float, told: dict[str, list[float]]
+    instance: dg.DagsterInstance,
+    names: Names,
+    statuses: Statuses,
+    lag_seconds: float,
+    told: dict[str, list[float]],
 ) -> tuple[dict[str, list[float]], int, list[AssetEvent]]:
     now = time.time()
     events: list[AssetEvent] = []
@@ -77,8 +81,9 @@ def _news(
         results = [r for r in judge(names, statuses, lag_seconds) if r.asset_key == key]
         events += [_evaluation(result) for result in results]
         lags = not all(result.passed for result in results if result.check_name == LAG)
-        # Now and then is enough to stay fresh, and each one interrupts the lines of the asset's plots.
-        if not lags and now - fresh_at >= REPEAT_SECONDS:
+        # Now and then is enough to stay fresh, and each one interrupts the lines of the asset's plots. Dagster shows no
+        # result of a check that is older: a difference must stay in sight.
+        if not lags and now - fresh_at >= REPEAT_SECONDS and not differs(instance, key):
             fresh_at = now
             events.append(
                 dg.AssetMaterialization(key, description="nothing waits longer than it may")

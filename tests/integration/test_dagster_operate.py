@@ -44,6 +44,16 @@ def drift(node: Node, statement: str) -> None:
     node.execute(f"begin; set local session_replication_role = replica; {statement}; commit")
 
 
+def begin_verify(pair: Pair, instance: dg.DagsterInstance) -> None:
+    """Leave a run of `verify_job` that has yet to answer for users."""
+    begun = instance.create_run_for_job(definitions(pair).resolve_job_def("verify_job"))
+    planned = AssetCheckEvaluationPlanned(asset_key=USERS, check_name="verify")
+    event = dg.DagsterEvent(
+        "ASSET_CHECK_EVALUATION_PLANNED", "verify_job", event_specific_data=planned
+    )
+    instance.report_dagster_event(event, begun.run_id)
+
+
 def replay(**config: Any) -> dict[str, Any]:
     return {"ops": {"replay_records": {"config": {"table": "users", "node": "crm", **config}}}}
 
@@ -262,6 +272,23 @@ def test_the_watch_sensor_is_quiet_about_tables_that_stay_as_they_were(
     assert fourth.skipped == "every table is as it was"
 
 
+def test_a_table_that_verify_finds_different_is_not_fresh_so_that_its_red_check_stays_in_sight(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    def fresh() -> set[str]:
+        events = tick(link, instance, "watch_sensor").asset_events
+        return {e.asset_key.path[-1] for e in events if isinstance(e, dg.AssetMaterialization)}
+
+    drift(link.billing, "delete from users where id = 7")
+    run(link, instance, "verify_job")
+    assert fresh() == {"accounts", "orders"}
+    begin_verify(link, instance)
+    assert fresh() == {"accounts", "orders"}
+    drift(link.crm, "delete from users where id = 7")
+    run(link, instance, "verify_job")
+    assert fresh() == {"accounts", "orders", "users"}
+
+
 def test_the_checks_of_the_status_can_be_executed_by_hand(
     link: Pair, instance: dg.DagsterInstance
 ) -> None:
@@ -309,13 +336,7 @@ def test_a_table_that_verify_finds_different_is_an_alert_until_verify_finds_it_e
     seen = look(look(None).cursor)
     differs = "users differs between crm and billing; see which: `sync-pipeline verify users`"
     assert told == [f"crm-billing: {differs}"]
-    # Begun, and not yet answered.
-    check = AssetCheckEvaluationPlanned(asset_key=USERS, check_name="verify")
-    planned = instance.create_run_for_job(definitions(link).resolve_job_def("verify_job"))
-    instance.report_dagster_event(
-        dg.DagsterEvent("ASSET_CHECK_EVALUATION_PLANNED", "verify_job", event_specific_data=check),
-        planned.run_id,
-    )
+    begin_verify(link, instance)
     seen = look(seen.cursor)
     assert seen.skipped == f"still: {differs}"
     drift(link.crm, "delete from users where id = 7")
