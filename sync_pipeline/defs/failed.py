@@ -12,6 +12,7 @@ from sync_pipeline.errors import without_passwords
 FIRST_REST_SECONDS = 10.0
 LONGEST_REST_SECONDS = 300.0
 COUNTED = 6
+STACK = "\n\nStack Trace:"
 
 
 def reason_of(instance: dg.DagsterInstance, run_id: str) -> str | None:
@@ -31,10 +32,9 @@ def reason_of(instance: dg.DagsterInstance, run_id: str) -> str | None:
             # The text of an error that nobody foresaw may hold a value.
             return said.description if said and said.description else "unexpectedly; see its page"
         if (error := event.engine_event_data.error) is not None:
-            # Without the name of its class.
-            return without_passwords(
-                error.message.partition(": ")[2].strip() or event.message or ""
-            )
+            # Without the name of its class, and without the stack of another process that a message may repeat.
+            reason = error.message.partition(": ")[2].partition(STACK)[0].strip()
+            return without_passwords(reason or event.message or "")
     return None
 
 

@@ -10,8 +10,11 @@ import pytest
 from dagster._core.definitions.asset_checks.asset_check_evaluation import (
     AssetCheckEvaluationPlanned,
 )
+from dagster._core.errors import DagsterUserCodeUnreachableError
 from dagster._core.events import EngineEventData
+from dagster._grpc.client import DagsterGrpcClient
 from dagster._utils.error import serializable_error_info_from_exc_info
+from dagster_shared.error import SerializableErrorInfo
 from psycopg import sql
 
 from sync_pipeline import catalog
@@ -406,6 +409,33 @@ def test_a_run_that_cannot_read_its_configuration_is_told_with_the_reason_and_no
     skipped = tick(link, instance).skipped
     assert "does not exist" in skipped
     assert "tries again in" in skipped
+
+
+def test_a_run_that_cannot_be_started_because_the_code_server_is_away_is_told_without_a_stack_trace(
+    link: Pair, instance: dg.DagsterInstance
+) -> None:
+    told: list[str] = []
+    channels = [lambda alert: told.append(str(alert))]
+    first = tick(link, instance, "alert_sensor", channels=channels)
+    job = dagster_runs.definitions(link).resolve_job_def("sync_job")
+    asked = instance.create_run_for_job(job, tags=job.tags)
+    # As the run queue reports it: its error repeats that of the location, stack and all.
+    with pytest.raises(DagsterUserCodeUnreachableError) as away:
+        DagsterGrpcClient(port=1, host="127.0.0.1").list_repositories()
+    info = serializable_error_info_from_exc_info((away.type, away.value, away.tb))
+    message = (
+        f"dagster.DagsterCodeLocationLoadError: Failure loading sync-pipeline: {info.to_string()}"
+    )
+    assert "Stack Trace" in message
+    error = EngineEventData.engine_error(SerializableErrorInfo(message, [], None))
+    instance.report_engine_event("Failed to launch run", asked, error)
+    instance.report_run_failed(asked)
+    tick(link, instance, "alert_sensor", cursor=first.cursor, channels=channels)
+    (text,) = told
+    assert "Failure loading sync-pipeline: " in text
+    assert "Could not reach user code server" in text
+    assert "Stack Trace" not in text
+    assert "\n" not in text
 
 
 @pytest.mark.parametrize("job", ["verify_job", "maintenance_job"])
