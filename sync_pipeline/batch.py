@@ -406,8 +406,8 @@ class Batch:
             parts = self.intake.of([table])
             # A failure that waits stays one.
             away = set(self._parents.waiting.get(table, []))
-            retried = [rid for part in parts for rid in part.retried if rid not in away]
-            retried += brought.get(table, [])
+            tried = [*(rid for part in parts for rid in part.retried), *brought.get(table, [])]
+            retried = [record_id for record_id in tried if record_id not in away]
             failures = {f.record_id: f for f in self._failures if f.table_name == table}
             known = self._changes(table, list(failures)) if failures else {}
             failed = [failure for record_id, failure in failures.items() if record_id in known]
