@@ -120,22 +120,32 @@ def _search(
     error: psycopg.Error,
 ) -> list[Refusal]:
     """Find the refused records of a span by halving it; where these are many, try what is left one by one."""
+    first, last = span
+    if first == last:
+        return _refusal(applier, step, first, error)
     refused: list[Refusal] = []
-    failing = [(span, error)]
+    # In the order of the records, each half to its end: in a cycle of tables the later ones need the earlier ones.
+    waiting = _halves(span)
     attempts = 0
-    while failing:
-        (first, last), error = failing.pop()
+    while waiting:
+        first, last = waiting.pop()
+        attempts += 1
+        if (found := _attempt(applier, step, counts, (first, last))) is None:
+            continue
         if first == last:
-            refused += _refusal(applier, step, first, error)
+            refused += _refusal(applier, step, first, found)
         elif attempts >= MAX_ATTEMPTS and len(step.tables) == 1:
             refused += _one_by_one(applier, schema, step, list(range(first, last + 1)), counts)
         else:
-            middle = (first + last) // 2
-            for half in ((first, middle), (middle + 1, last)):
-                attempts += 1
-                if (found := _attempt(applier, step, counts, half)) is not None:
-                    failing.append((half, found))
+            waiting += _halves((first, last))
     return refused
+
+
+def _halves(span: tuple[int, int]) -> list[tuple[int, int]]:
+    """Divide a span; the first half comes last, to be taken first."""
+    first, last = span
+    middle = (first + last) // 2
+    return [(middle + 1, last), (first, middle)]
 
 
 def _alone(applier: Applier, step: Step, counts: dict[str, Counts], number: int) -> list[Refusal]:
