@@ -47,6 +47,7 @@ def status_checks(names: Names, lag_seconds: float) -> dg.AssetChecksDefinition:
     ]
 
     def check_status(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        _tag(context, names)
         try:
             statuses = table_statuses(names.config)
         except SyncPipelineError as error:
@@ -73,6 +74,7 @@ def verify_checks(names: Names) -> dg.AssetChecksDefinition:
     ]
 
     def verify_tables(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+        _tag(context, names)
         keys = specs_in_order(specs, context.selected_asset_check_keys)
         try:
             # In one go: the catalogs of all tables are read once, however many there are.
@@ -163,6 +165,18 @@ def _checks(
         can_subset=True,
     )
     return checks
+
+
+def _tag(context: dg.AssetCheckExecutionContext, names: Names) -> None:
+    """Make a run that the page of an asset has launched, for checks of this link alone, a run of the link.
+
+    Dagster gives it no tags of ours, so alerts and maintenance would pass it over.
+    """
+    run = context.run
+    ours = {key for _, key in names.link_assets()}
+    checked = {key.asset_key for key in run.asset_check_selection or ()}
+    if checked and checked <= ours and not run.asset_selection:
+        context.instance.add_run_tags(run.run_id, names.tags)
 
 
 def _plainly_named(things: Iterable[tuple[str, T]]) -> dict[str, T]:

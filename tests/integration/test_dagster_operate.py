@@ -10,8 +10,10 @@ import pytest
 from dagster._core.definitions.asset_checks.asset_check_evaluation import (
     AssetCheckEvaluationPlanned,
 )
+from dagster._core.definitions.job_base import InMemoryJob
 from dagster._core.errors import DagsterUserCodeUnreachableError
 from dagster._core.events import EngineEventData
+from dagster._core.execution.api import execute_run
 from dagster._grpc.client import DagsterGrpcClient
 from dagster._utils.error import serializable_error_info_from_exc_info
 from dagster_shared.error import SerializableErrorInfo
@@ -29,6 +31,7 @@ from tests.integration.test_names import NAMES
 from tests.webhooks import webhook
 
 USERS = dg.AssetKey(["sync", "users"])
+PRUNE_ALL = {"ops": {"prune": {"config": {"keep_days": 0, "keep_failed_days": 0}}}}
 
 
 @pytest.fixture
@@ -302,6 +305,28 @@ def test_the_checks_of_the_status_can_be_executed_by_hand(
     result = found.resolve_job_def("by_hand").execute_in_process(instance=instance)
     judged = [(event.check_name, event.passed) for event in result.get_asset_check_evaluations()]
     assert judged == [("lag", True)]
+
+
+@pytest.mark.parametrize("check", ["lag", "verify"])
+def test_checks_that_the_page_of_an_asset_executes_are_runs_of_the_link(
+    link: Pair, instance: dg.DagsterInstance, check: str
+) -> None:
+    chosen = {dg.AssetCheckKey(USERS, check)}
+    job = definitions(link).resolve_implicit_global_asset_job_def()
+    begun = instance.add_run(
+        dg.DagsterRun(
+            job_name=job.name,
+            run_config={"execution": {"config": {"in_process": {}}}},
+            asset_selection=frozenset(),
+            asset_check_selection=frozenset(chosen),
+        )
+    )
+    assert execute_run(InMemoryJob(job), begun, instance).success
+    stored = instance.get_run_by_id(begun.run_id)
+    assert stored is not None
+    assert stored.tags["sync/link"] == "crm-billing"
+    told = metadata(run(link, instance, "maintenance_job", config=PRUNE_ALL), "prune")
+    assert told["runs"] == 1
 
 
 def test_an_alert_is_told_once_when_it_begins_and_once_when_it_has_ended(
