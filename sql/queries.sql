@@ -24,18 +24,13 @@ select
     ) as lacking,
     -- Enabled triggers of the pipeline, on the table and its partitions.
     (
-        select count(*)
-        from pg_catalog.pg_trigger as trigger
-        join pg_catalog.pg_proc as function on function.oid = trigger.tgfoid
-        where trigger.tgrelid in (select class.oid union select relid from pg_catalog.pg_partition_tree(class.oid))
-            and function.pronamespace = pg_catalog.to_regnamespace(pg_catalog.quote_ident(%(own_schema)s))
-            and function.proname = asked.function_name and trigger.tgenabled in ('O', 'A')
+        select sum((
+            select count(*) from pg_catalog.pg_trigger as trigger
+            where trigger.tgrelid = part.oid and trigger.tgfoid = function.oid and trigger.tgenabled in ('O', 'A')
+        ))::integer
+        from (select class.oid union select relid from pg_catalog.pg_partition_tree(class.oid)) as part (oid)
     ) as captures,
-    (
-        select function.prosrc from pg_catalog.pg_proc as function
-        where function.pronamespace = pg_catalog.to_regnamespace(pg_catalog.quote_ident(%(own_schema)s))
-            and function.proname = asked.function_name and function.pronargs = 0
-    ) as capture_body,
+    function.prosrc as capture_body,
     exists (
         select from pg_catalog.pg_inherits as inherited
         where inherited.inhrelid = class.oid or (inherited.inhparent = class.oid and class.relkind = 'r')
@@ -175,6 +170,9 @@ left join pg_catalog.pg_class as class
         coalesce(pg_catalog.quote_ident(asked.schema_name) || '.', '') || pg_catalog.quote_ident(asked.table_name)
     )
 left join pg_catalog.pg_namespace as namespace on namespace.oid = class.relnamespace
+left join pg_catalog.pg_proc as function
+    on function.proname = asked.function_name::name and function.pronargs = 0
+        and function.pronamespace = (select pg_catalog.to_regnamespace(pg_catalog.quote_ident(%(own_schema)s)))
 order by asked.position
 
 -- name: list_tables

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from psycopg import sql
 
@@ -109,6 +110,24 @@ def compose(relation: Relation, schema: str) -> Capture:
     """Compose the capture of a relation. Writes straight to a partition are captured by triggers of its own."""
     name = function_name(relation.table)
     function = sql.Identifier(schema, name)
+    text = body(relation, schema)
+    plain = all(relation.columns[field].type_name in PLAIN_TYPES for field in relation.key)
+    create_function = _FUNCTION.format(
+        function=function, settings=sql.SQL("") if plain else _TEXT_SETTINGS, body=text
+    ).as_string(None)
+    targets = [(relation.schema, relation.name), *relation.partitions]
+    return Capture(
+        relation=relation,
+        function=name,
+        body=text,
+        create_function=create_function,
+        triggers={target: _triggers(target, schema, function) for target in targets},
+    )
+
+
+@lru_cache(maxsize=2048)
+def body(relation: Relation, schema: str) -> str:
+    """Compose the body of the function of a relation."""
     columns = {field: sql.Identifier(relation.columns[field].name) for field in relation.key}
 
     def whole(rows: str) -> sql.Composed:
@@ -155,7 +174,7 @@ def compose(relation: Relation, schema: str) -> Capture:
         .format(sql.Identifier(schema, "sync_events"), relation.table, record_id(relation, old))
         .as_string(None)
     )
-    body = _BODY.format(
+    return _BODY.format(
         applying=APPLYING,
         schema_name=schema,
         events=sql.Identifier(schema, "sync_events"),
@@ -170,18 +189,6 @@ def compose(relation: Relation, schema: str) -> Capture:
         old_row=whole("old_rows"),
         same_key=sql.SQL(" and ").join(map(same, relation.key)),
     ).as_string(None)
-    plain = all(relation.columns[field].type_name in PLAIN_TYPES for field in relation.key)
-    create_function = _FUNCTION.format(
-        function=function, settings=sql.SQL("") if plain else _TEXT_SETTINGS, body=body
-    ).as_string(None)
-    targets = [(relation.schema, relation.name), *relation.partitions]
-    return Capture(
-        relation=relation,
-        function=name,
-        body=body,
-        create_function=create_function,
-        triggers={target: _triggers(target, schema, function) for target in targets},
-    )
 
 
 def trigger_names(schema: str) -> tuple[str, ...]:

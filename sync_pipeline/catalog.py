@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from graphlib import TopologicalSorter
 from typing import Any, TypeVar
 
@@ -279,19 +278,14 @@ def _uncaptured(config: Config, relation: Relation, row: dict[str, Any]) -> Iter
     problem = None
     if row["captures"] < len(capture.EVENTS) * (1 + len(relation.partitions)):
         where = f"{shown} or a partition of it" if relation.partitions else shown
-        problem = f"triggers on {where} are missing or disabled, so"
-    elif row["capture_body"] != _capture_body(relation, config.schema_name):
-        problem = f"triggers on {shown} are of another configuration or version, so some"
+        problem = f"triggers on {where} are missing or disabled: changes are not marked"
+    elif row["capture_body"] != capture.body(relation, config.schema_name):
+        problem = f"triggers on {shown} are of another configuration or version: some changes may not be marked"
     if problem is not None:
         yield (
-            f"{relation.table}: {relation.node}: {problem} changes are not marked: "
+            f"{relation.table}: {relation.node}: {problem}; "
             f"run `sync-pipeline install`, then `doctor` and `verify {relation.table}`"
         )
-
-
-@lru_cache(maxsize=2048)
-def _capture_body(relation: Relation, schema: str) -> str:
-    return capture.compose(relation, schema).body
 
 
 def _check_condition(place: "_Place", connection: Connection, relation: Relation) -> None:
