@@ -1,7 +1,7 @@
 """What both nodes' catalogs say about the synced tables: keys, columns, foreign keys, and the order they ask for."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
@@ -50,8 +50,11 @@ def read(
     *,
     strict: bool = False,
     forgive: type[CatalogMismatch] | None = None,
+    only: Collection[str] | None = None,
 ) -> Catalog:
     """Read both catalogs, one query each. Raises `CatalogMismatch` for the first table that cannot be synced.
+
+    Who works with some tables `only` does not care for others, which may be missing from the catalog.
 
     Columns that only one side has are left out with a warning; with `strict` (install, doctor) they are an error.
     Tables with a problem of the kind to `forgive` are left out as well, unless that is every table. A consumer forgives
@@ -59,6 +62,8 @@ def read(
     warning.
     """
     catalog, problems = inspect(config, connections, strict=strict, consuming=forgive is not None)
+    if only is not None:
+        problems = [each for each in problems if each.table in only]
     fatal = [each for each in problems if forgive is None or not isinstance(each, forgive)]
     if problems and (fatal or not catalog.tables):
         raise (fatal or problems)[0]

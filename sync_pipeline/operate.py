@@ -227,7 +227,7 @@ def replay(config: Config, connections: Connections, table: str, node: str, whic
 
     A key that has no row on the node is marked as deleted: that replays the delete. Needs both connections.
     """
-    relation = _sending(config, _catalog(config, connections), table, node)
+    relation = _sending(config, _catalog(config, connections, [table]), table, node)
     connection = connections[node]
     schema = config.schema_name
     with _asking(node):
@@ -253,7 +253,7 @@ def plan_backfill(
 ) -> Backfill:
     """Say what a backfill of these tables, or of all that `node` sends, will mark. Needs both connections."""
     config.node(node)
-    found = _catalog(config, connections)
+    found = _catalog(config, connections, tables or None)
     for table in tables:
         _sending(config, found, table, node)
     names = [name for name in found.tables if not tables or name in tables]
@@ -315,9 +315,11 @@ def _starts(plan: Backfill) -> Iterator[tuple[Relation, str | None]]:
         yield relation, plan.after if number == 0 else None
 
 
-def _catalog(config: Config, connections: Connections) -> catalog.Catalog:
+def _catalog(
+    config: Config, connections: Connections, only: Sequence[str] | None
+) -> catalog.Catalog:
     _on_each(config, connections, lambda *_: None)
-    return catalog.read(config, connections)
+    return catalog.read(config, connections, only=only)
 
 
 def _sending(config: Config, found: catalog.Catalog, table: str, node: str) -> Relation:

@@ -78,7 +78,7 @@ def resolve(
                 {"table_name": table, "event_type": "update", "record_ids": [record_id]},
             )
     else:
-        relation = catalog.read(config, connections).relation(node, table)
+        relation = catalog.read(config, connections, only=[table]).relation(node, table)
         whose: Whose = "local" if winner == node else "remote"
         fields = conflict[f"{whose}_fields"]
         try:

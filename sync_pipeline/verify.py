@@ -145,7 +145,7 @@ def verify_each(
         except psycopg.Error as error:
             raise SyncPipelineError(in_words(error), node=node.name) from error
     with _comparing():
-        found = catalog.read(config, connections)
+        found = catalog.read(config, connections, only=names)
         encodings, portable = _hashing(config, connections)
         for name in dict.fromkeys(names):
             relations = [found.relation(node.name, name) for node in config.nodes]
@@ -191,7 +191,7 @@ def repair(
         return sum(len(report.tables[name].accused) for name in differing)
     marked = 0
     with _comparing():
-        found = catalog.read(config, connections)
+        found = catalog.read(config, connections, only=differing)
         for name in differing:
             relation = found.relation(from_node, name)
             for chunk in report.tables[name].accused.chunks():

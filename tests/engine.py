@@ -80,7 +80,7 @@ def verified(pair: Pair, *tables: str) -> VerifyReport:
         return verify.verify(config, {"crm": crm, "billing": billing}, tables or None)
 
 
-def repaired(pair: Pair, from_node: str, *, dry_run: bool = False) -> int:
+def repaired(pair: Pair, from_node: str, *tables: str, dry_run: bool = False) -> int:
     """Compare, and mark on a node what differs; return how many records that are."""
     config = config_of(pair)
     with (
@@ -88,7 +88,7 @@ def repaired(pair: Pair, from_node: str, *, dry_run: bool = False) -> int:
         connected(config.second, config, "verify") as billing,
     ):
         connections = {"crm": crm, "billing": billing}
-        report = verify.verify(config, connections)
+        report = verify.verify(config, connections, tables or None)
         return verify.repair(config, connections, report, from_node, dry_run=dry_run)
 
 

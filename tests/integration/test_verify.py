@@ -51,6 +51,19 @@ def items(pair: Pair) -> Pair:
     return pair
 
 
+def test_tables_can_be_compared_and_repaired_while_another_one_is_missing(pair: Pair) -> None:
+    config = installed(pair)
+    pair.billing.execute("alter table orders rename to away")
+    silently(pair.crm, "insert into accounts (id, name) values (1, 'one')")
+
+    assert accused(verified(pair, "accounts").tables["accounts"]) != {}
+    assert repaired(pair, "crm", "accounts") == 1
+    stream.sync(config)
+    assert verified(pair, "accounts").equal
+    with pytest.raises(SyncPipelineError, match=r"orders.*does not exist"):
+        verified(pair)
+
+
 def test_equal_tables_are_equal_and_their_rows_are_counted(items: Pair) -> None:
     report = verified(items)
 
