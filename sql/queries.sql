@@ -751,7 +751,8 @@ where conflict.table_name = %(table_name)s
 
 -- name: record_failures
 -- Move failing records from the events to the failures; the wait doubles from attempt to attempt, with jitter.
--- What failed together is due together.
+-- What failed together is due together. A record that fails in several batches of a pass, which has read the node at one
+-- moment, has used up one attempt.
 with failing as (
     select record_id, error_class, error, held, position
     from unnest(%(record_ids)s::text[], %(error_classes)s::text[], %(errors)s::text[], %(held)s::boolean[])
@@ -795,15 +796,20 @@ left join {schema}.sync_failures as before
     on before.table_name = %(table_name)s and before.record_id = failing.record_id
 order by failing.position
 on conflict (table_name, record_id) do update
-set attempts = failure.attempts + case when excluded.state = 'held' then 0 else 1 end,
+set attempts = failure.attempts
+        + case when excluded.state = 'held' then 0 else (failure.last_failed_at < %(read_at)s)::integer end,
     state = case
         when excluded.state = 'held' then 'held'
-        when failure.attempts + 1 >= %(max_attempts)s::integer then 'dead'
+        when failure.attempts + (failure.last_failed_at < %(read_at)s)::integer >= %(max_attempts)s::integer then 'dead'
         else 'retrying'
     end,
-    next_attempt_at = case when excluded.state <> 'held' and failure.attempts + 1 < %(max_attempts)s::integer
+    next_attempt_at = case
+        when excluded.state <> 'held'
+            and failure.attempts + (failure.last_failed_at < %(read_at)s)::integer < %(max_attempts)s::integer
         then pg_catalog.now() + pg_catalog.make_interval(secs => least(
-            %(base_seconds)s * 2.0 ^ least(failure.attempts, 30), %(max_seconds)s
+            %(base_seconds)s
+                * 2.0 ^ least(failure.attempts + (failure.last_failed_at < %(read_at)s)::integer - 1, 30),
+            %(max_seconds)s
         ) * %(jitter)s::double precision)
     end,
     error_class = excluded.error_class,

@@ -13,7 +13,7 @@ import psycopg
 
 from sync_pipeline import catalog, clocks, identity, node_checks, queries, table_checks
 from sync_pipeline.config import Config, NodeConfig
-from sync_pipeline.database import Connection, connect, in_words, query, scalar
+from sync_pipeline.database import Connection, connect, error_class, in_words, query, scalar
 from sync_pipeline.errors import ConnectionFailed, SyncPipelineError, WrongDatabase
 from sync_pipeline.records import Finding, Level
 
@@ -71,7 +71,9 @@ def _examined(check: str, node: str | None, run: Callable[[], Iterable[Finding]]
                 node,
                 None,
                 f"cannot be examined: {in_words(error)}",
-                "give the pipeline's role the right to read it, or examine again when the server is up",
+                "examine again when the server is up"
+                if error_class(error) == "transient"
+                else "examine again; where it says the same, report it: doctor should know",
             )
         )
     return findings

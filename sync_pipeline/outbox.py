@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from psycopg import sql
@@ -41,10 +42,11 @@ def acknowledge(
     outcomes: Sequence[Outcome],
     retry: RetryConfig,
     batch: int,
+    read_at: datetime,
 ) -> int:
     """Delete exactly the events that a batch took; those of records that failed become failures, in one transaction.
 
-    `batch` is its number in the ledger. Return the transaction's number.
+    `batch` is its number in the ledger, `read_at` when its pass has read the node. Return the transaction's number.
     """
 
     def run(name: str, **parameters: Any) -> None:
@@ -83,6 +85,7 @@ def acknowledge(
                     base_seconds=retry.base_seconds,
                     max_seconds=retry.max_seconds,
                     jitter=jitter,
+                    read_at=read_at,
                 )
         if ids != EMPTY:
             run("acknowledge", ids=ids)

@@ -315,6 +315,7 @@ class Acknowledger:
             batch.outcomes,
             config.retry,
             batch.ledger_id,
+            batch.snapshot.read_at,
         )
 
     def acknowledged(self) -> list[int]:

@@ -376,6 +376,24 @@ def test_attempts_grow_to_dead_and_plain_sql_retries(pair: Pair) -> None:
     assert failures(pair.crm) == []
 
 
+def test_a_record_that_fails_in_many_batches_of_a_pass_has_used_up_one_attempt(pair: Pair) -> None:
+    retry = {"max_attempts": 3, "base_seconds": 600, "max_seconds": 6000}
+    write_config(pair.config_path, batch_size=1, retry=retry)
+    installed(pair)
+    pair.billing.execute("alter table accounts add constraint named check (name <> '')")
+    pair.crm.insert("accounts", id=1, name="")
+    for number in range(5):
+        pair.crm.execute("update accounts set plan = %s", str(number))
+    sync_pair(pair)
+    attempts = (
+        "select attempts, state, next_attempt_at - now() < '13 minutes' from sync.sync_failures"
+    )
+    assert pair.crm.rows(attempts) == [(1, "retrying", True)]
+    pair.crm.execute("update accounts set plan = 'last'")
+    sync_pair(pair)
+    assert pair.crm.rows(attempts) == [(2, "retrying", False)]
+
+
 def test_the_message_of_a_failure_is_bounded(pair: Pair, config: Config) -> None:
     pair.billing.execute(
         "create function refuse() returns trigger language plpgsql as"
