@@ -463,6 +463,7 @@ def test_failures_are_noted_and_cleared_in_proportion_to_their_number(
         "base_seconds": 1,
         "max_seconds": 10,
         "jitter": 1,
+        "read_at": pair.crm.value("select now()"),
     }
     cleared = {
         "table_name": "accounts",
