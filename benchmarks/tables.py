@@ -9,17 +9,18 @@ from sync_pipeline import passes
 from sync_pipeline.link import lead
 
 TABLES = 50
+# The first pass makes its staging tables; a statement that comes back often enough is planned once and kept.
+WARM_UP = 12
 
 
 def measure(arena: Arena, options: Options) -> list[Figure]:
-    """Time passes of a consumer that leads already."""
+    """Time passes of a consumer that has been at work for a while."""
     names = [f"items_{number}" for number in range(TABLES)]
     schema = "\n".join(workloads.items(100, name=name) for name in names)
     milliseconds = []
     with arena.link("tables", schema, names) as databases:
         with lead(databases.config()) as link:
-            # One more than asked for: the first makes its staging tables.
-            for number in range(options.rounds + 1):
+            for number in range(WARM_UP + options.rounds):
                 with databases.source.transaction():
                     for name in names:
                         databases.source.execute(
@@ -33,7 +34,7 @@ def measure(arena: Arena, options: Options) -> list[Figure]:
         databases.require_equal(names)
     figures.progress(f"    {', '.join(f'{sample:.0f} ms' for sample in milliseconds)}")
     return [
-        Figure(f"a pass over {TABLES} tables", milliseconds[1:], "ms", at_most=100),
+        Figure(f"a pass over {TABLES} tables", milliseconds[WARM_UP:], "ms", at_most=100),
         Figure("the first such pass of a consumer", milliseconds[:1], "ms"),
     ]
 
