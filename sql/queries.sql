@@ -774,44 +774,43 @@ changes as (
         max(changed_at) as changed_at
     from moved
     group by record_id
+),
+counted as (
+    select
+        failing.*,
+        case
+            when before.record_id is null then 1
+            when failing.held then before.attempts
+            else before.attempts + (before.last_failed_at < %(read_at)s)::integer
+        end as attempts,
+        before.changed_at
+    from failing
+    left join {schema}.sync_failures as before
+        on before.table_name = %(table_name)s and before.record_id = failing.record_id
 )
 insert into {schema}.sync_failures as failure
     (table_name, record_id, state, attempts, next_attempt_at, error_class, error, event_type, changed_at)
 select
     %(table_name)s,
-    failing.record_id,
-    case when failing.held then 'held' when %(max_attempts)s::integer <= 1 then 'dead' else 'retrying' end,
-    1,
-    case when not failing.held and %(max_attempts)s::integer > 1
-        then pg_catalog.now()
-            + pg_catalog.make_interval(secs => %(base_seconds)s * %(jitter)s::double precision)
-    end,
-    failing.error_class,
-    failing.error,
-    coalesce(changes.event_type, 'update'),
-    coalesce(changes.changed_at, before.changed_at, pg_catalog.clock_timestamp())
-from failing
-left join changes on changes.record_id = failing.record_id
-left join {schema}.sync_failures as before
-    on before.table_name = %(table_name)s and before.record_id = failing.record_id
-order by failing.position
-on conflict (table_name, record_id) do update
-set attempts = failure.attempts
-        + case when excluded.state = 'held' then 0 else (failure.last_failed_at < %(read_at)s)::integer end,
-    state = case
-        when excluded.state = 'held' then 'held'
-        when failure.attempts + (failure.last_failed_at < %(read_at)s)::integer >= %(max_attempts)s::integer then 'dead'
-        else 'retrying'
-    end,
-    next_attempt_at = case
-        when excluded.state <> 'held'
-            and failure.attempts + (failure.last_failed_at < %(read_at)s)::integer < %(max_attempts)s::integer
+    counted.record_id,
+    case when counted.held then 'held' when counted.attempts >= %(max_attempts)s::integer then 'dead' else 'retrying' end,
+    counted.attempts,
+    case when not counted.held and counted.attempts < %(max_attempts)s::integer
         then pg_catalog.now() + pg_catalog.make_interval(secs => least(
-            %(base_seconds)s
-                * 2.0 ^ least(failure.attempts + (failure.last_failed_at < %(read_at)s)::integer - 1, 30),
-            %(max_seconds)s
+            %(base_seconds)s * 2.0 ^ least(counted.attempts - 1, 30), %(max_seconds)s
         ) * %(jitter)s::double precision)
     end,
+    counted.error_class,
+    counted.error,
+    coalesce(changes.event_type, 'update'),
+    coalesce(changes.changed_at, counted.changed_at, pg_catalog.clock_timestamp())
+from counted
+left join changes on changes.record_id = counted.record_id
+order by counted.position
+on conflict (table_name, record_id) do update
+set attempts = excluded.attempts,
+    state = excluded.state,
+    next_attempt_at = excluded.next_attempt_at,
     error_class = excluded.error_class,
     error = excluded.error,
     changed_at = greatest(failure.changed_at, excluded.changed_at),

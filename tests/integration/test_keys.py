@@ -357,14 +357,14 @@ def test_a_deleted_record_whose_place_another_takes_in_the_next_batch_does_not_c
     assert pair.billing.rows("select kind from sync.sync_conflicts") == []
 
 
-@pytest.mark.parametrize("unique", ["badge", "tenant, badge"])
+@pytest.mark.parametrize("unique", ["(badge)", "(tenant, badge)", "(tenant) where badge = 'b7'"])
 def test_a_child_of_a_deleted_parent_is_not_given_to_the_record_that_takes_a_value_of_it(
     pair: Pair, unique: str
 ) -> None:
     link(
         pair,
-        f"""create table people
-            (tenant int, id int, badge text not null, primary key (tenant, id), unique ({unique}));
+        f"""create table people (tenant int, id int, badge text not null, primary key (tenant, id));
+        create unique index on people {unique};
         create table visits (id int primary key, tenant int, person int,
             foreign key (tenant, person) references people on update cascade)""",
         "people",
@@ -373,27 +373,6 @@ def test_a_child_of_a_deleted_parent_is_not_given_to_the_record_that_takes_a_val
     pair.crm.execute("insert into people values (1, 1, 'b7')")
     converge(pair, "people")
     pair.crm.execute("delete from people; insert into people values (1, 2, 'b7')")
-    pair.billing.execute("insert into visits values (1, 1, 1)")
-    sync_pair(pair)
-    assert texts(pair.billing, "visits") == ["(1,1,1)"]
-    assert [(key, error) for _, key, error, _ in failures(pair.crm)] == [('["1", "2"]', "23505")]
-
-
-def test_a_child_of_a_deleted_parent_is_not_given_to_the_record_that_takes_its_role(
-    pair: Pair,
-) -> None:
-    link(
-        pair,
-        """create table people (tenant int, id int, role text, primary key (tenant, id));
-        create unique index on people (tenant) where role = 'owner';
-        create table visits (id int primary key, tenant int, person int,
-            foreign key (tenant, person) references people on update cascade)""",
-        "people",
-        "visits",
-    )
-    pair.crm.execute("insert into people values (1, 1, 'owner')")
-    converge(pair, "people")
-    pair.crm.execute("delete from people; insert into people values (1, 2, 'owner')")
     pair.billing.execute("insert into visits values (1, 1, 1)")
     sync_pair(pair)
     assert texts(pair.billing, "visits") == ["(1,1,1)"]
