@@ -1,15 +1,20 @@
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sync_pipeline import servers
 from tests.helpers import Cluster, Clusters, Node, Pair, write_config
 
 OLDEST_SUPPORTED_VERSION = 14
+# Where files are memory, on Linux, and how much of both the servers of all workers may need.
+MEMORY_DIRECTORY = Path("/dev/shm")  # noqa: S108 - a directory of a name of its own is made there
+MEMORY_BYTES = 4 * 2**30
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,6 +61,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             )
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take longest, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.parent.name != "acceptance")
+
+
 @pytest.fixture(scope="session")
 def pg_version(request: pytest.FixtureRequest) -> int:
     """The PostgreSQL version under test."""
@@ -65,8 +76,14 @@ def pg_version(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture(scope="session")
 def server_directory() -> Iterator[Path]:
-    """A short path, because the path of a Unix socket must be short, for servers that live as long as the session."""
-    with tempfile.TemporaryDirectory(prefix="sync-", ignore_cleanup_errors=True) as directory:
+    """A short path, because the path of a Unix socket must be short, for servers that live as long as the session.
+
+    In memory where there is plenty: databases are cloned for every test, each a file system's work of 300 files.
+    """
+    parent = MEMORY_DIRECTORY if _has_plenty_of_memory() else None
+    with tempfile.TemporaryDirectory(
+        prefix="sync-", dir=parent, ignore_cleanup_errors=True
+    ) as directory:
         yield Path(directory)
 
 
@@ -122,6 +139,15 @@ def _node(name: str, cluster: Cluster) -> Iterator[Node]:
         exits.callback(cluster.drop, database)
         node = Node(name, cluster.server.dsn(database), cluster.server)
         yield exits.enter_context(closing(node))
+
+
+def _has_plenty_of_memory() -> bool:
+    return (
+        MEMORY_DIRECTORY.is_dir()
+        and os.access(MEMORY_DIRECTORY, os.W_OK)
+        and shutil.disk_usage(MEMORY_DIRECTORY).free >= MEMORY_BYTES
+        and psutil.virtual_memory().available >= MEMORY_BYTES
+    )
 
 
 def _versions(config: pytest.Config) -> list[int]:
