@@ -722,13 +722,10 @@ where conflict.table_name = cleared.table_name
 -- many events there are: few are looked up among many failures, and the other way round.
 with applied as (
     select unnest(%(retried)s::text[]) as record_id
-    union
+    union all
     (
-        select event.record_id
-        from unnest(%(ids)s::int8multirange) as read_ids
-        join {schema}.sync_events as event
-            on event.id >= lower(read_ids) and event.id < upper(read_ids)
-        where event.table_name = %(table_name)s
+        select record_id
+        from {schema}.events_of(%(ids)s::int8multirange, %(table_name)s)
         limit %(events)s
     )
 ),
@@ -750,7 +747,8 @@ where conflict.table_name = %(table_name)s
     and conflict.resolved_at is null
 
 -- name: record_failures
--- Move failing records from the events to the failures; the wait doubles from attempt to attempt, with jitter.
+-- Move failing records from the events, whose ids are given, to the failures; the wait doubles from attempt to attempt,
+-- with jitter.
 -- What failed together is due together. A record that fails in several batches of a pass, which has read the node at one
 -- moment, has used up one attempt.
 with failing as (
@@ -760,7 +758,8 @@ with failing as (
 ),
 moved as (
     delete from {schema}.sync_events as event
-    using unnest(%(ids)s::int8multirange) as read_ids
+    using unnest(%(ids)s::text[]) as given (ids)
+    cross join unnest(given.ids::int8multirange) as read_ids
     where event.id >= lower(read_ids)
         and event.id < upper(read_ids)
         and event.table_name = %(table_name)s

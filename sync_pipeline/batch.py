@@ -64,7 +64,9 @@ class Batch:
         self._successors: parking.Successors = {}
         self._gathered = False
         self._done: list[Step] = []
+        # Why a savepoint failed, and in which step, if in one.
         self._error: psycopg.Error | None = None
+        self._running: Step | None = None
         self._failures: list[Failure] = []
         self._conflicts: dict[str, int] = {}
         self._lost: dict[str, list[str]] = {}
@@ -204,8 +206,9 @@ class Batch:
                 else:
                     return []
             self._rollback()
-            sqlstate = self._error.sqlstate
-            self._error = None
+            met = self._running, self._error.sqlstate
+            _, sqlstate = met
+            self._error = self._running = None
             if sqlstate in VIOLATIONS and self.applier.expect_new:
                 self.applier.expect_new = False
                 self._savepoint()
@@ -229,7 +232,7 @@ class Batch:
             self.applier.expect_new = False
             self._successors = parking.successors(self.applier)
             refused = isolation.isolate(
-                self.applier, self._schema, self._steps(), self.counts, self._guard_parents
+                self.applier, self._schema, self._steps(), self.counts, self._guard_parents, met
             )
             return self._exchange(refused)
         raise PassInterrupted("parents keep disappearing", node=self.target)
@@ -289,7 +292,9 @@ class Batch:
         for step in steps:
             if self._guard_parents(step, ()):
                 raise psycopg.errors.ForeignKeyViolation("rows that have to wait refer to others")
+            self._running = step
             self.applier.run(step, self.counts)
+            self._running = None
             self._done.append(step)
 
     def _rollback(self) -> None:
@@ -411,8 +416,11 @@ class Batch:
             failures = {f.record_id: f for f in self._failures if f.table_name == table}
             known = self._changes(table, list(failures)) if failures else {}
             failed = [failure for record_id, failure in failures.items() if record_id in known]
-            self.outcomes.append(Outcome(table, retried, failed, self._lost.get(table, [])))
-            left_out += [change.ids for change in known.values() if change.ids is not None]
+            failed_ids = [change.ids for change in known.values() if change.ids is not None]
+            self.outcomes.append(
+                Outcome(table, retried, failed, failed_ids, self._lost.get(table, []))
+            )
+            left_out += failed_ids
         ledger.forget(self._connection, self._schema, self.forget())
         self.ledger_id = ledger.record(
             self._connection,

@@ -44,10 +44,12 @@ def isolate(
     steps: Sequence[Step],
     counts: dict[str, Counts],
     prepare_step: Callable[[Step, Sequence[Refusal]], list[Refusal]],
+    met: tuple[Step | None, str | None],
 ) -> list[Refusal]:
     """Apply steps so that a record which the target refuses fails alone; return the refused records.
 
-    `prepare_step` is called before each with those refused so far, and returns what is to be refused as well.
+    `prepare_step` is called before each with those refused so far, and returns what is to be refused as well. `met` is
+    the step that was refused as a whole, if it is known which, and why: its suspects need no failure to be looked for.
     Records that failed on a foreign key or a unique value get another turn once the others are in: what was missing
     may have come, what was in the way may be gone. Each turn goes the other way round, since such records often wait
     for the next or for the one before. What still waits after some turns is refused: of ten thousand in a chain of no
@@ -56,7 +58,7 @@ def isolate(
     refused: list[Refusal] = []
     for step in steps:
         refused += prepare_step(step, refused)
-        failing = _apply(applier, schema, step, counts)
+        failing = _apply(applier, schema, step, counts, met[1] if met[0] == step else None)
         for _ in range(MAX_TURNS):
             waiting = [refusal for refusal in failing if refusal.error_class in MAY_PASS_LATER]
             backwards = [refusal.number for refusal in reversed(waiting)]
@@ -94,16 +96,25 @@ def leave_out_unreadable(applier: Applier, schema: str, part: Part) -> list[Fail
     return failures
 
 
-def _apply(applier: Applier, schema: str, step: Step, counts: dict[str, Counts]) -> list[Refusal]:
+def _apply(
+    applier: Applier, schema: str, step: Step, counts: dict[str, Counts], met: str | None
+) -> list[Refusal]:
     """Apply a step but for the suspects of each kind of refusal that is met, then these one by one."""
     span = applier.numbers(step.tables)
     suspects: list[int] = []
+
+    def leave_out(sqlstate: str | None) -> bool:
+        found = sorted(set(_suspects(applier, step, sqlstate)).difference(suspects))
+        if found:
+            suspects.extend(found)
+            sit_out = applier.statements(*step.tables).sit_out
+            applier.connection.execute(sit_out, {"numbers": found})
+        return bool(found)
+
+    leave_out(met)
     while (error := _attempt(applier, step, counts, span)) is not None:
-        found = sorted(set(_suspects(applier, step, error.sqlstate)).difference(suspects))
-        if not found:
+        if not leave_out(error.sqlstate):
             break
-        suspects += found
-        applier.connection.execute(applier.statements(*step.tables).sit_out, {"numbers": found})
     refused = [] if error is None else _search(applier, schema, step, counts, span, error)
     if suspects:
         applier.connection.execute(applier.statements(*step.tables).sit_in, {"numbers": suspects})

@@ -19,11 +19,15 @@ from sync_pipeline.snapshot import EMPTY, LAST_ID, Part, count, one_row
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of a table's records on the target: which were retried, which failed, which lost a conflict."""
+    """What became of a table's records on the target: which were retried, which failed, which lost a conflict.
+
+    `failed_ids` are the ids of the events of those that failed, as multiranges.
+    """
 
     table: str
     retried: list[str]
     failures: list[Failure]
+    failed_ids: list[str]
     lost: list[str]
 
 
@@ -76,7 +80,7 @@ def acknowledge(
                 run(
                     "record_failures",
                     table_name=outcome.table,
-                    ids=ids,
+                    ids=outcome.failed_ids,
                     record_ids=[failure.record_id for failure in failing],
                     error_classes=[failure.error_class for failure in failing],
                     errors=[_storable(connection, failure.error) for failure in failing],

@@ -117,7 +117,7 @@ cross join (
     from {schema}.sync_conflicts
 ) as conflicts;
 
--- The statistics of a queue are always out of date. The settings of the next four functions keep the planner on the
+-- The statistics of a queue are always out of date. The settings of the next five functions keep the planner on the
 -- primary key, whatever it believes of the table's size, so that nobody reads the dead rows below a floor.
 
 -- True when an event above a floor waits.
@@ -156,6 +156,20 @@ as $$
     from {schema}.sync_events as event
     join unnest(record_ids) as asked (record_id) on asked.record_id = event.record_id
     where event.id > above_id and event.table_name = of_table
+$$;
+
+-- Those events of a table that have some ids.
+create function {schema}.events_of(ids int8multirange, of_table text)
+returns table (record_id text)
+language sql stable
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $$
+    select event.record_id
+    from unnest(ids) as id_range
+    join {schema}.sync_events as event on event.id >= lower(id_range) and event.id < upper(id_range)
+    where event.table_name = of_table
 $$;
 
 -- The next events after an id, at most so many and none of ignored tables: how many of each table, and which.
@@ -262,5 +276,6 @@ revoke all on function {schema}.is_value(text, text) from public;
 revoke all on function {schema}.has_events(bigint) from public;
 revoke all on function {schema}.events_after(bigint, text) from public;
 revoke all on function {schema}.events_about(bigint, text, text[]) from public;
+revoke all on function {schema}.events_of(int8multirange, text) from public;
 revoke all on function {schema}.next_events(bigint, text[], integer) from public;
 revoke all on function {schema}.has_lost_rows(regclass, oid) from public;

@@ -454,7 +454,7 @@ def test_failures_are_noted_and_cleared_in_proportion_to_their_number(
     first, last = pair.crm.rows("select min(id), max(id) from sync.sync_events")[0]
     noted = {
         "table_name": "accounts",
-        "ids": f"{{[{first},{last + 1})}}",
+        "ids": [f"{{[{number},{number + 1})}}" for number in range(first, last + 1)],
         "record_ids": records,
         "error_classes": ["23514"] * MANY,
         "errors": ["refused"] * MANY,
@@ -477,6 +477,39 @@ def test_failures_are_noted_and_cleared_in_proportion_to_their_number(
         statement = query(b"explain (analyze, format json) " + queries.get(name, "sync"))
         [plan] = scalar(writer, statement, parameters)
         assert _rows_handled(plan["Plan"]) < 20 * MANY, name
+
+
+def test_a_batch_passes_no_dead_events_because_a_failure_waits(pair: Pair, link: Link) -> None:
+    def blocks_of_a_pass(name: str) -> int:
+        rename(pair.crm, FEW, name)
+        before = _blocks_read(pair.crm, link)
+        passes.run(link)
+        return _blocks_read(pair.crm, link) - before
+
+    with pair.crm.connect(autocommit=False) as reader:
+        reader.execute("set transaction isolation level repeatable read")
+        reader.execute("select")
+        for number in range(20):
+            rename(pair.crm, MANY, f"dead {number}")
+            consume(link)
+        raise_floor(pair.crm, link)
+        without = blocks_of_a_pass("no failure waits")
+        pair.crm.execute(
+            "insert into sync.sync_failures (table_name, record_id, state, error_class, error)"
+            " values ('accounts', '0', 'dead', '23514', 'refused')"
+        )
+        assert blocks_of_a_pass("one waits") <= without + BLOCKS_PER_POLL
+
+
+def test_records_that_a_constraint_speaks_against_are_left_out_at_once(
+    pair: Pair, link: Link
+) -> None:
+    pair.billing.execute("alter table accounts add check (name <> 'refused' or id % 100 > 0)")
+    rename(pair.crm, MANY, "refused")
+    with mock.patch.object(isolation, "_attempt", wraps=isolation._attempt) as attempt:
+        passes.run(link)
+    assert attempt.call_count == 1
+    assert len(pair.crm.rows("sync.sync_failures")) == MANY // 100
 
 
 def test_a_pass_reads_few_of_the_failures_that_lie_around(pair: Pair, link: Link) -> None:
