@@ -530,13 +530,16 @@ select
     exists (select from {schema}.sync_node where paused_at is not null)
 
 -- name: read_poll
--- What an idle consumer asks: does any event wait or is any failure due; and the oldest transaction that runs.
+-- What an idle consumer asks: does any event wait above an id or is any failure due; is consumption paused here; and the
+-- oldest transaction that runs.
 select
-    {schema}.has_events(%(floor)s)
-    -- The least comes from the index: failures that are not due are not read, however many there are.
-    or coalesce((select min(next_attempt_at) from {schema}.sync_failures) <= pg_catalog.clock_timestamp(), false)
-        as waiting,
-    pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text::bigint as oldest_running
+    (
+        {schema}.has_events($1)
+        -- The least comes from the index: failures that are not due are not read, however many there are.
+        or coalesce((select min(next_attempt_at) from {schema}.sync_failures) <= pg_catalog.clock_timestamp(), false)
+    )::text as waiting,
+    (select paused_at is not null from {schema}.sync_node)::text as paused,
+    pg_catalog.pg_snapshot_xmin(pg_catalog.pg_current_snapshot())::text as oldest_running
 
 -- name: read_clock
 -- The node's clock.
@@ -1102,11 +1105,6 @@ from {schema}.sync_conflicts
 where (%(table_name)s::text is null or table_name = %(table_name)s)
 order by id desc
 limit %(limit)s
-
--- name: is_paused
--- True when consumption is paused on this node.
-select paused_at is not null
-from {schema}.sync_node
 
 -- name: pause
 -- Stop consumption of this link; capture goes on.

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 import psycopg
 
-from sync_pipeline import catalog, conflicts, identity, install, locks, outbox, queries
+from sync_pipeline import catalog, conflicts, identity, install, locks, queries
 from sync_pipeline.applier import Applier
 from sync_pipeline.config import Config, NodeConfig
-from sync_pipeline.database import Connection, connect, query, scalar
+from sync_pipeline.database import Connection, Question, connect, query
 from sync_pipeline.errors import (
     CatalogMismatch,
     ConnectionFailed,
@@ -43,6 +43,8 @@ class Side:
     reader: Connection
     leader: locks.Leader
     second_writer: Connection | None = None
+    # Whether consumption was paused here when this was last asked.
+    is_paused: bool = False
     floor: int = 0
     _candidate: tuple[int, int] | None = None
 
@@ -85,6 +87,13 @@ class Link:
     # Sources whose last batches may be committed on the other node but not acknowledged.
     unrecovered: set[str] = field(default_factory=set)
     _appliers: dict[tuple[str, bool], Applier] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        statement = queries.get("read_poll", self.config.schema_name)
+        self._questions = {
+            name: Question(side.writer, "sync_pipeline_poll", statement)
+            for name, side in self.sides.items()
+        }
 
     @property
     def writers(self) -> dict[str, Connection]:
@@ -131,9 +140,9 @@ class Link:
                 # A plan that was made for an empty table must not outlive it, should nobody analyse the table.
                 connection.execute("discard plans")
         self.revive()
-        for side in self.sides.values():
+        for name, side in self.sides.items():
             # An event inserted by hand can have any id: now and then a look goes below the floor.
-            waiting, _ = outbox.poll(side.writer, self.config.schema_name, floor=0)
+            waiting, _ = self.poll(name, floor=0)
             if waiting:
                 side.forget_floor()
 
@@ -164,10 +173,22 @@ class Link:
             for connection in side.connections:
                 _cancel(connection)
 
+    def poll(self, node: str, floor: int) -> tuple[bool, int]:
+        """Return whether events of a node wait or a failure is due, and the oldest transaction that runs there."""
+        waiting, paused, oldest_running = self._questions[node].ask(floor)
+        self.sides[node].is_paused = paused == "true"
+        return waiting == "true", int(oldest_running)
+
     def is_paused(self) -> bool:
-        """True when an operator paused consumption on either node."""
-        statement = query(queries.get("is_paused", self.config.schema_name))
-        return any(scalar(side.writer, statement) for side in self.sides.values())
+        """Ask whether an operator paused consumption on either node."""
+        for node, side in self.sides.items():
+            self.poll(node, side.floor)
+        return self.was_paused
+
+    @property
+    def was_paused(self) -> bool:
+        """Whether consumption was paused on either node when it was last asked: by each look for work, too."""
+        return any(side.is_paused for side in self.sides.values())
 
 
 @contextmanager

@@ -31,14 +31,6 @@ class Outcome:
     lost: list[str]
 
 
-def poll(connection: Connection, schema: str, floor: int) -> tuple[bool, int]:
-    """Return whether events wait or a failure is due, and the oldest transaction that runs: one short query."""
-    row = connection.execute(query(queries.get("read_poll", schema)), {"floor": floor}).fetchone()
-    if row is None:
-        raise AssertionError("a query without a table returned no row")
-    return bool(row[0]), int(row[1])
-
-
 def acknowledge(
     connection: Connection,
     schema: str,

@@ -344,14 +344,16 @@ def run(link: Link) -> list[DirectionReport]:
     """Run one pass: each direction that has something to do, one after the other.
 
     A direction is left out when its source has no events and no failure that is due, which one short query tells. When
-    an operator pauses the link, it ends after the batch that is under way and the one that is staged already.
-    Raises `PassInterrupted` for what a retry can mend.
+    an operator pauses the link, no direction begins, and one that has begun ends after the batch that is under way and
+    the one that is staged already. Raises `PassInterrupted` for what a retry can mend.
     """
     reports = []
     for source, target in link.config.directions:
         with interruptions():
             if source.name not in link.unrecovered and not _has_work(link, source.name):
                 continue
+            if link.was_paused:
+                break
             try:
                 reports.append(_direction(link, source.name, target.name))
             except TableAltered:
@@ -371,7 +373,7 @@ def _direction(link: Link, source: str, target: str) -> DirectionReport:
 
 def _has_work(link: Link, source: str) -> bool:
     side = link.sides[source]
-    waiting, oldest_running = outbox.poll(side.writer, link.config.schema_name, side.floor)
+    waiting, oldest_running = link.poll(source, side.floor)
     return waiting or side.floor_can_rise(oldest_running)
 
 

@@ -20,7 +20,6 @@ SLOW_LOOK_REST = 10.0
 FIRST_BACKOFF_SECONDS = 0.2
 LONGEST_BACKOFF_SECONDS = 15.0
 CATALOG_SECONDS = 30.0
-PAUSE_CHECK_SECONDS = 1.0
 PRUNE_SECONDS = 3600.0
 SYNC_INTERRUPTIONS = 5
 
@@ -82,6 +81,7 @@ def sync(config: Config, listener: Listener | None = None) -> Totals:
                         listener.passed(reports)
                         interruptions = 0
                         totals.paused = any(report.paused for report in reports)
+                    totals.paused = totals.paused or link.was_paused
                     link.prune_conflicts()
                 break
         except (PassInterrupted, CatalogMismatch) as error:
@@ -145,8 +145,7 @@ def _follow(
     """Look, pass and wait; yield after each time that went well."""
     catalog_read = worked = time.monotonic()
     pruned = float("-inf")
-    paused = is_told = False
-    pause_checked = float("-inf")
+    paused, is_told = True, False
     while not stop.is_set() and (now := time.monotonic()) < deadline:
         with passes.interruptions():
             if now - pruned > PRUNE_SECONDS:
@@ -155,9 +154,9 @@ def _follow(
             if now - catalog_read > CATALOG_SECONDS:
                 link.read_catalog()
                 catalog_read = now
-            if now - pause_checked > PAUSE_CHECK_SECONDS:
+            # Known at the beginning only; from then on each look for work tells it.
+            if paused:
                 paused = link.is_paused()
-                pause_checked = now
         if paused != is_told:
             listener.paused(paused)
             is_told = paused
@@ -167,7 +166,7 @@ def _follow(
         if reports:
             totals.add(reports)
             listener.passed(reports)
-            paused = any(report.paused for report in reports)
+        paused = link.was_paused or any(report.paused for report in reports)
         ended = time.monotonic()
         if any(report.did_something for report in reports):
             worked = ended
