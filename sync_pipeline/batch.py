@@ -187,6 +187,7 @@ class Batch:
         """Run the steps that are left; on a refusal, bring what is missing along, make room, or isolate the records."""
         for _ in range(MAX_ROUNDS):
             if self._error is None:
+                self._running = None
                 try:
                     if self._renaming:
                         parking.rename(self.applier)
@@ -206,9 +207,8 @@ class Batch:
                 else:
                     return []
             self._rollback()
-            met = self._running, self._error.sqlstate
-            _, sqlstate = met
-            self._error = self._running = None
+            sqlstate = self._error.sqlstate
+            self._error = None
             if sqlstate in VIOLATIONS and self.applier.expect_new:
                 self.applier.expect_new = False
                 self._savepoint()
@@ -232,7 +232,12 @@ class Batch:
             self.applier.expect_new = False
             self._successors = parking.successors(self.applier)
             refused = isolation.isolate(
-                self.applier, self._schema, self._steps(), self.counts, self._guard_parents, met
+                self.applier,
+                self._schema,
+                self._steps(),
+                self.counts,
+                self._guard_parents,
+                (self._running, sqlstate),
             )
             return self._exchange(refused)
         raise PassInterrupted("parents keep disappearing", node=self.target)

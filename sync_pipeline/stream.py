@@ -154,7 +154,7 @@ def _follow(
             if now - catalog_read > CATALOG_SECONDS:
                 link.read_catalog()
                 catalog_read = now
-            # Known at the beginning only; from then on each look for work tells it.
+            # At first, and while it is so; otherwise each look for work tells it.
             if paused:
                 paused = link.is_paused()
         if paused != is_told:
