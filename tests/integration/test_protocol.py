@@ -593,6 +593,19 @@ def test_a_pause_takes_effect_between_two_batches(
     assert equal(pair)
 
 
+def test_no_direction_begins_once_a_look_has_seen_the_pause(pair: Pair, config: Config) -> None:
+    with lead(config) as link:
+        passes.run(link)
+        family(pair.crm)
+        waiting = pair.crm.pending()
+        pair.crm.execute("update sync.sync_node set paused_at = now()")
+        assert passes.run(link) == []
+        assert pair.crm.pending() == waiting > 0
+        pair.crm.execute("update sync.sync_node set paused_at = null")
+        assert passes.run(link)
+    assert equal(pair)
+
+
 def test_the_application_that_was_ahead_of_us_is_seen_under_our_locks(
     pair: Pair, config: Config
 ) -> None:
