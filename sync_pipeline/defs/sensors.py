@@ -16,7 +16,7 @@ MINIMUM_INTERVAL_SECONDS = 5
 START_SECONDS = 60.0
 # How long before the end of a stream its successor is asked for: a launch takes seconds, a busy queue longer.
 SUCCESSOR_SECONDS = 45.0
-GHOST = "its process is gone: it neither leads nor says anything"
+GHOST = "its process is gone or hangs: it neither leads nor says anything"
 NOT_STARTED = [dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED]
 UNDER_WAY = [
     dg.DagsterRunStatus.STARTING,
@@ -135,10 +135,12 @@ def _end_ghosts(instance: dg.DagsterInstance, names: Names, job_name: str) -> No
     """Mark runs as failed whose process is gone; only for while nobody leads, since a run that works on a pass leads.
 
     The code server notices when a run that it started dies. Where both are gone, as after a restart of their machine,
-    nobody does, and the run would keep its place in the queue from all that come after it.
+    nobody does; nor where the process hangs before it begins. Such a run would keep its place in the queue from all
+    that come after it. One that begins after all finds that it has ended, and does nothing.
     """
+    ended = {dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED}
     for run, seconds in _in_progress(instance, names, job_name):
-        if run.status is not dg.DagsterRunStatus.STARTED or seconds is None:
+        if run.status not in ended or seconds is None:
             continue
         # One that has just led and is about to end has said so a moment ago.
         said = instance.get_records_for_run(run.run_id, limit=1, ascending=False).records

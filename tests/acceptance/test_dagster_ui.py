@@ -95,7 +95,8 @@ def test_the_graph_of_the_job_shows_two_directions_and_the_three_ops_of_each(
 def test_a_finished_run_shows_who_asked_for_it_and_what_it_did_to_each_table(
     link: Pair, dagster: Dagster, window: Browser, pictures: Path
 ) -> None:
-    eventually("nothing waits", lambda: link.crm.pending() + link.billing.pending() == 0)
+    # A run that hangs before it begins is ended by the sensor after a minute.
+    eventually("nothing waits", lambda: link.crm.pending() + link.billing.pending() == 0, 120)
     before = asked_by_the_sensor(dagster)
     link.crm.execute("update accounts set name = 'renamed' where id % 2 = 0")
     link.billing.execute("delete from users where id % 3 = 0")
