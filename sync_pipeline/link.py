@@ -25,6 +25,7 @@ from sync_pipeline.records import Moment
 
 CANCEL_TIMEOUT_SECONDS = 0.5
 WORTHWHILE_ROWS = 500
+GREATEST_ID = 2**63 - 1
 
 
 @dataclass
@@ -181,8 +182,9 @@ class Link:
 
     def is_paused(self) -> bool:
         """Ask whether an operator paused consumption on either node."""
-        for node, side in self.sides.items():
-            self.poll(node, side.floor)
+        for node in self.sides:
+            # No event is looked for: a consumer that begins would pass all that are dead.
+            self.poll(node, GREATEST_ID)
         return self.was_paused
 
     @property

@@ -501,6 +501,17 @@ def test_a_batch_passes_no_dead_events_because_a_failure_waits(pair: Pair, link:
         assert blocks_of_a_pass("one waits") <= without + BLOCKS_PER_POLL
 
 
+def test_whether_the_link_is_paused_is_asked_without_a_look_at_events(
+    pair: Pair, link: Link
+) -> None:
+    rename(pair.crm, MANY, "dead")
+    consume(link)
+    link.sides["crm"].forget_floor()
+    before = _blocks_read(pair.crm, link)
+    link.is_paused()
+    assert _blocks_read(pair.crm, link) - before < 5
+
+
 def test_records_that_a_constraint_speaks_against_are_left_out_at_once(
     pair: Pair, link: Link
 ) -> None:
