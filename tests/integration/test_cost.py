@@ -117,6 +117,19 @@ def raise_floor(node: Node, link: Link) -> None:
 
 
 @contextmanager
+def many_dead_events(node: Node, link: Link) -> Iterator[None]:
+    """Let events be consumed and lie there, dead, for the time of a `with` block, below a floor that has risen."""
+    with node.connect(autocommit=False) as reader:
+        reader.execute("set transaction isolation level repeatable read")
+        reader.execute("select")
+        for number in range(20):
+            rename(node, MANY, f"dead {number}")
+            consume(link)
+        raise_floor(node, link)
+        yield
+
+
+@contextmanager
 def traced(link: Link) -> Iterator[dict[str, Counter[str]]]:
     """Count what the servers answer to each connection: by command, and `round trip` for each end of an answer."""
     connections = {
@@ -486,13 +499,7 @@ def test_a_batch_passes_no_dead_events_because_a_failure_waits(pair: Pair, link:
         passes.run(link)
         return _blocks_read(pair.crm, link) - before
 
-    with pair.crm.connect(autocommit=False) as reader:
-        reader.execute("set transaction isolation level repeatable read")
-        reader.execute("select")
-        for number in range(20):
-            rename(pair.crm, MANY, f"dead {number}")
-            consume(link)
-        raise_floor(pair.crm, link)
+    with many_dead_events(pair.crm, link):
         without = blocks_of_a_pass("no failure waits")
         pair.crm.execute(
             "insert into sync.sync_failures (table_name, record_id, state, error_class, error)"
@@ -664,13 +671,7 @@ def test_idle_looks_write_nothing(pair: Pair, link: Link) -> None:
 def test_an_idle_look_reads_a_few_blocks_however_many_dead_events_lie_there(
     pair: Pair, link: Link
 ) -> None:
-    with pair.crm.connect(autocommit=False) as reader:
-        reader.execute("set transaction isolation level repeatable read")
-        reader.execute("select")
-        for number in range(20):
-            rename(pair.crm, MANY, f"dead {number}")
-            consume(link)
-        raise_floor(pair.crm, link)
+    with many_dead_events(pair.crm, link):
         before = _blocks_read(pair.crm, link)
         for _ in range(FEW):
             passes.run(link)
