@@ -22,10 +22,10 @@ from sync_pipeline.errors import (
     TableMissing,
 )
 from sync_pipeline.records import Moment
+from sync_pipeline.snapshot import LAST_ID
 
 CANCEL_TIMEOUT_SECONDS = 0.5
 WORTHWHILE_ROWS = 500
-GREATEST_ID = 2**63 - 1
 
 
 @dataclass
@@ -184,7 +184,7 @@ class Link:
         """Ask whether an operator paused consumption on either node."""
         for node in self.sides:
             # No event is looked for: a consumer that begins would pass all that are dead.
-            self.poll(node, GREATEST_ID)
+            self.poll(node, LAST_ID)
         return self.was_paused
 
     @property

@@ -606,6 +606,17 @@ def test_no_direction_begins_once_a_look_has_seen_the_pause(pair: Pair, config: 
     assert equal(pair)
 
 
+def test_a_sync_that_is_paused_between_two_passes_says_so(pair: Pair, config: Config) -> None:
+    def pause_and_go_on(_: object) -> None:
+        pair.crm.execute("update sync.sync_node set paused_at = now()")
+        pair.crm.execute("update accounts set name = 'waits'")
+
+    family(pair.crm)
+    done = stream.sync(config, Listener(passed=pause_and_go_on))
+    assert (done.passes, done.paused) == (1, True)
+    assert pair.crm.pending() > 0
+
+
 def test_the_application_that_was_ahead_of_us_is_seen_under_our_locks(
     pair: Pair, config: Config
 ) -> None:
