@@ -72,6 +72,8 @@ class Applier:
         # Inserts alone or first are cheaper for new records; updates first free unique values that inserts may want.
         self.expect_new = True
         self._numbers: dict[str, tuple[int, int]] = {}
+        # What `parking` has read of the unique indexes of tables, for one batch.
+        self.indexes: dict[str, list[Any]] = {}
 
     def statements(self, table: str) -> TableStatements:
         """Return how a table is written."""
@@ -90,6 +92,7 @@ class Applier:
         self.staged = {}
         self.expect_new = True
         self._numbers = {}
+        self.indexes = {}
         wanted = self._with_ancestors(tables)
         self._raw = wanted if raw else set()
         needed = [self.statements(table) for table in wanted]

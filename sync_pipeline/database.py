@@ -247,17 +247,17 @@ def connect(node: NodeConfig, config: Config, role: str) -> Connection:
         settings["transaction_timeout"] = "0"
     try:
         connection.execute(
-            sql.SQL("select {}").format(
+            sql.SQL("select {}, {}").format(
                 sql.SQL(", ").join(
                     sql.SQL("pg_catalog.set_config({}, {}, false)").format(name, value)
                     for name, value in settings.items()
-                )
+                ),
+                # A server that crashed must not forget a batch that the other node has heard was committed.
+                sql.SQL(
+                    "case pg_catalog.current_setting('synchronous_commit') "
+                    "when 'off' then pg_catalog.set_config('synchronous_commit', 'on', false) end"
+                ),
             )
-        )
-        # A server that crashed must not forget a batch that the other node has heard was committed.
-        connection.execute(
-            "select pg_catalog.set_config(name, 'on', false) from pg_catalog.pg_settings "
-            "where name = 'synchronous_commit' and setting = 'off'"
         )
     except psycopg.Error as error:
         connection.close()

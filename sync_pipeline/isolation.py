@@ -112,7 +112,7 @@ def _apply(
         return bool(found)
 
     leave_out(met)
-    while (error := _attempt(applier, step, counts, span)) is not None:
+    while (error := _attempt(applier, step, counts, None)) is not None:
         if not leave_out(error.sqlstate):
             break
     refused = [] if error is None else _search(applier, schema, step, counts, span, error)
@@ -170,9 +170,9 @@ def _refusal(applier: Applier, step: Step, number: int, error: psycopg.Error) ->
 
 
 def _attempt(
-    applier: Applier, step: Step, counts: dict[str, Counts], span: tuple[int, int]
+    applier: Applier, step: Step, counts: dict[str, Counts], span: tuple[int, int] | None
 ) -> psycopg.Error | None:
-    """Apply a span of records, or none of them; return why not."""
+    """Apply a span of records, or all, or none of them; return why not."""
     done: dict[str, Counts] = {}
     try:
         with applier.connection.transaction():

@@ -266,11 +266,13 @@ def _name(refusal: Refusal, found: list[Holder]) -> Refusal:
 
 
 def _indexes(applier: Applier, table: str) -> list[UniqueIndex]:
-    with applier.connection.cursor(row_factory=class_row(UniqueIndex)) as cursor:
-        return cursor.execute(
-            query(queries.get("read_unique_indexes", "")),
-            {"oid": applier.catalog.relation(applier.node, table).oid},
-        ).fetchall()
+    if table not in applier.indexes:
+        with applier.connection.cursor(row_factory=class_row(UniqueIndex)) as cursor:
+            applier.indexes[table] = cursor.execute(
+                query(queries.get("read_unique_indexes", "")),
+                {"oid": applier.catalog.relation(applier.node, table).oid},
+            ).fetchall()
+    return applier.indexes[table]
 
 
 def _park(applier: Applier, statements: TableStatements, index: UniqueIndex) -> set[int]:

@@ -106,10 +106,11 @@ class Pass:
             with self._unreadable_records_end_the_pass():
                 with closing(self._first):
                     self._read(self._first, self._parents)
+                    self._snapshot.let_go()
+                    self._ahead = Ahead(self._further())
+                    self._stack.callback(self._ahead.close)
                     self._batch = self._staged(self._first)
                 self._stack.callback(self._batch.close)
-                self._ahead = Ahead(self._further())
-                self._stack.callback(self._ahead.close)
                 self._compare_clocks(self._batch)
                 self._batch.upsert(self._parents, settled=set())
         return self.report
@@ -199,6 +200,7 @@ class Pass:
         for intake in self._intakes:
             with closing(intake):
                 self._read(intake, [*self._dependents, *self._parents])
+                self._snapshot.let_go()
                 batch = self._staged(intake, second=second)
             if batch.is_paused:
                 batch.close()
@@ -233,7 +235,6 @@ class Pass:
     # --- writing ---
 
     def _staged(self, intake: Intake, *, second: bool = False) -> Batch:
-        self._snapshot.let_go()
         applier = self.link.applier(self.target, second=second)
         if second not in self._waiting:
             floor = self.link.sides[self.target].floor

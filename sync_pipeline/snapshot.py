@@ -514,25 +514,28 @@ def _rows(
 
 def copy_out(
     connection: Connection, statement: Statement, parameters: Mapping[str, Any] | None = None
-) -> Iterator[tuple[bytes, int]]:
+) -> Iterator[tuple[bytearray, int]]:
     """Yield the rows of a COPY … TO STDOUT in chunks: (text of some rows, how many).
 
     `Copy.read` of psycopg waits anew for each row, which costs more than the row does; this waits for a chunk.
     """
     with connection.cursor().copy(statement, parameters):
-        while rows := connection.wait(_chunk(connection.pgconn)):
-            yield b"".join(rows), len(rows)
+        has_ended = False
+        while not has_ended:
+            rows = bytearray()
+            count, has_ended = connection.wait(_take_rows(connection.pgconn, rows))
+            yield rows, count
 
 
-def _chunk(pgconn: pq.abc.PGconn) -> PQGen[list[bytes]]:
-    """Take rows of a COPY until they fill a chunk or there are no more; none when it has ended before."""
-    rows: list[bytes] = []
-    size = 0
-    while size < CHUNK_BYTES and pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
-        length, row = pgconn.get_copy_data(1)
+def _take_rows(pgconn: pq.abc.PGconn, rows: bytearray) -> PQGen[tuple[int, bool]]:
+    """Take rows of a COPY until they fill a chunk or there are no more; return how many, and whether it has ended."""
+    count = 0
+    take = pgconn.get_copy_data
+    while len(rows) < CHUNK_BYTES:
+        length, row = take(1)
         if length > 0:
-            rows.append(bytes(row))
-            size += length
+            rows += row
+            count += 1
         elif length == 0:
             while not (yield Wait.R):
                 pass
@@ -541,7 +544,8 @@ def _chunk(pgconn: pq.abc.PGconn) -> PQGen[list[bytes]]:
             for result in (yield from generators.fetch_many(pgconn)):
                 if result.status != pq.ExecStatus.COMMAND_OK:
                     raise psycopg.errors.error_from_result(result)
-    return rows
+            return count, True
+    return count, False
 
 
 def one_row(relation: Relation, record_ids: Sequence[str]) -> sql.Composed:

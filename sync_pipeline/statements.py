@@ -283,11 +283,14 @@ class TableStatements:
         )
         missing = sql.SQL(
             "(select count(*) from {updated}) < {last} - {first} + 1 "
+            "and (select count(*) from {updated}) < (select count(*) from {stage} as s where {chosen}) "
             "and not exists (select from {target} as t where {same_key})"
         ).format(
             updated=updated,
             first=sql.SQL(self.first),
             last=sql.SQL(self.last),
+            stage=self.stage,
+            chosen=self._chosen,
             target=self.target,
             same_key=self.same_key(),
         )
