@@ -18,7 +18,7 @@ from benchmarks.figures import Figure, Options
 
 IDLE_SECONDS = 60.0
 REST_SECONDS = 3.0
-RESTS = 10
+RESTS = 30
 # More than PostgreSQL's LOG_SNAPSHOT_INTERVAL_MS.
 SETTLING_SECONDS = 16.0
 INTERVAL_SECONDS = 0.05
