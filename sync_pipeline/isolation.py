@@ -172,7 +172,7 @@ def _refusal(applier: Applier, step: Step, number: int, error: psycopg.Error) ->
 def _attempt(
     applier: Applier, step: Step, counts: dict[str, Counts], span: tuple[int, int] | None
 ) -> psycopg.Error | None:
-    """Apply a span of records, or all, or none of them; return why not."""
+    """Apply the records of a span, or all where there is none, as a whole or not at all; return why not."""
     done: dict[str, Counts] = {}
     try:
         with applier.connection.transaction():

@@ -259,7 +259,7 @@ class TableStatements:
 
         New records are inserted, and refused together if one of them exists. Records that are mostly new are inserted,
         and updated where they exist and differ. Others are updated where they differ, then the missing ones inserted;
-        that insert is skipped when the update met every record.
+        that insert is skipped when the update met every record: as many as there are numbers, or else as are present.
         """
         payload = self.compared
         if expected == "new":
